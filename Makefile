@@ -1,0 +1,92 @@
+# `make help` lists what there is. VENV=DIR puts the environment elsewhere, PYTHON=PROGRAM makes it with another Python.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+VENV_NEWEST ?= .venv-newest
+VENV_JAX_0_11 ?= .venv-jax-0.11
+EXTRAS ?= dev,tpu
+WORKERS ?= 2
+CONFIG ?= configs/quickstart.yaml
+
+PYTHON ?= $(shell .ci/find-python 3.11 3.12 3.13 3.14)
+PYTHON_NEWEST ?= $(shell .ci/find-python 3.12 3.13 3.14)
+
+export TPU_SKIP_MDS_QUERY ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+bin = $(VENV)/bin
+pytest = $(bin)/python -m pytest
+
+##@ Use
+.PHONY: env
+env: $(VENV)/.ready ## make the environment in .venv (or $VENV)
+
+# An environment is finished when its .ready is there: what stopped halfway is made anew. What goes in is what
+# pyproject.toml says, which picks the pair of JAX and Flax that belongs to this Python.
+%/.ready: pyproject.toml
+	$(if $(PYTHON),,$(error no Python 3.11 or newer with venv and ensurepip))
+	@if [[ -n "$$(ls -A "$*" 2>/dev/null)" && ! -e "$*/pyvenv.cfg" ]]; then \
+	  echo "$*: not an environment, and not empty; choose another VENV" >&2; exit 2; fi
+	@echo "making the environment in $* with $(PYTHON); this takes some minutes"
+	"$(PYTHON)" -m venv --clear "$*"
+	"$*/bin/python" -m pip install -qq --editable '.[$(EXTRAS)]' $(CONSTRAINTS)
+	touch "$@"
+
+.PHONY: quickstart
+quickstart: env ## train a small model on Python's own library, from text to samples
+	$(bin)/lmjax data prepare $(CONFIG)
+	$(bin)/lmjax train $(CONFIG)
+	$(bin)/lmjax evaluate runs/quickstart
+	$(bin)/lmjax generate runs/quickstart
+	$(bin)/lmjax report runs/quickstart
+
+##@ Test
+.PHONY: test-fast
+test-fast: env ## the tests that take under a second each (2 minutes)
+	$(pytest) -n $(WORKERS) -m fast
+
+.PHONY: test
+test: env ## everything that matters in a small form (15 minutes)
+	$(pytest) -n $(WORKERS)
+
+.PHONY: test-all
+test-all: env ## the slow tests, after make test (20 minutes)
+	$(pytest) -n $(WORKERS) -m slow
+
+.PHONY: test-newest test-newest-fast test-jax-0.11
+test-newest: ## make test on Python 3.12 or newer with the newest JAX
+	$(MAKE) test VENV=$(VENV_NEWEST) PYTHON='$(PYTHON_NEWEST)'
+
+test-newest-fast: ## make test-fast on Python 3.12 or newer with the newest JAX
+	$(MAKE) test-fast VENV=$(VENV_NEWEST) PYTHON='$(PYTHON_NEWEST)'
+
+test-jax-0.11: ## make test on Python 3.12 or newer with the oldest JAX that it may have
+	$(MAKE) test VENV=$(VENV_JAX_0_11) PYTHON='$(PYTHON_NEWEST)' CONSTRAINTS="'jax==0.11.2'"
+
+.PHONY: proof-plan
+proof-plan: env ## compile the 8B train step for its TPU topology (half an hour)
+	$(pytest) -m proof tests/plan
+
+##@ Check
+.PHONY: lint
+lint: env ## ruff: rules and format
+	$(bin)/python -m ruff check
+	$(bin)/python -m ruff format --check
+
+.PHONY: format
+format: env ## ruff: repair what it can
+	$(bin)/python -m ruff check --fix
+	$(bin)/python -m ruff format
+
+.PHONY: typecheck
+typecheck: env ## pyright
+	$(bin)/python -m pyright --pythonpath $(bin)/python
+
+##@ Help
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^##@ / { print "\n" substr($$0, 5) } /^[a-z0-9._-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile

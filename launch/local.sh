@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Start n processes of one command on this machine, joined by jax.distributed over loopback.
+#
+#   launch/local.sh 2 lmjax train configs/quickstart.yaml run_dir=runs/two
+#
+# JAX_NUM_CPU_DEVICES=4 JAX_PLATFORMS=cpu before it gives each process four CPU devices.
+# Every line is prefixed with the number of its process. TERM, INT, HUP and USR1 are passed on to all. When a process
+# fails, the others are ended, and its exit code is returned; 75 (stopped by a signal, state saved) ends nobody.
+# Needs bash 5.1.
+set -u -m # -m: each process leads a group of its own, so that a signal from the terminal reaches it once, from here
+
+if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: launch/local.sh NUM_PROCESSES COMMAND [ARGUMENT...]   (found: ${*:-nothing})" >&2
+  exit 2
+fi
+num_processes=$1
+shift
+
+# Below the range from which the kernel takes ports for outgoing connections.
+port=$((20000 + RANDOM % 12000))
+while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((20000 + RANDOM % 12000)); done
+export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$num_processes
+
+prefix() { # outlives every signal, so that the last lines are shown
+  trap '' TERM INT HUP USR1
+  exec sed -u "s/^/[$1] /"
+}
+
+declare -A running=() # pid -> process number
+groups=() printers=()
+forward() { ((${#running[@]})) && kill -s "$1" "${!running[@]}"; }
+
+for ((number = 0; number < num_processes; number++)); do
+  exec {out}> >(prefix "$number")
+  printers+=($!)
+  exec {err}> >(prefix "$number" >&2)
+  printers+=($!)
+  JAX_PROCESS_ID=$number "$@" >&"$out" 2>&"$err" {out}>&- {err}>&- &
+  running[$!]=$number
+  groups+=($!)
+  exec {out}>&- {err}>&-
+done
+for signal in TERM INT HUP USR1; do trap "forward $signal" "$signal"; done
+exec {messages}>&2 2>/dev/null # bash itself would report every process that a signal ended
+
+failed=0 preempted=0 reaper=
+while ((${#running[@]})); do
+  ended=
+  wait -n -p ended "${!running[@]}"
+  status=$?
+  [[ -z $ended ]] && continue # a signal came and was passed on
+  number=${running[$ended]}
+  unset "running[$ended]"
+  if ((status == 75)); then
+    preempted=75
+  elif ((status && !failed)); then
+    failed=$status
+    echo "launch/local.sh: process $number ended with exit code $status; ending the others" >&"$messages"
+    if ((${#running[@]})); then
+      forward TERM
+      (sleep 10 && kill -KILL "${!running[@]}") & # a process that waits for the one that died cannot react
+      reaper=$!
+    fi
+  fi
+done
+for leader in "${groups[@]}" $reaper; do kill -KILL -- "-$leader"; done # what the processes left behind
+wait "${printers[@]}"
+((failed)) && exit "$failed"
+exit "$preempted"

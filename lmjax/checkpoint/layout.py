@@ -1,0 +1,40 @@
+"""How a state lies in a checkpoint: a flat dictionary of arrays by path, in one part for each top-level key."""
+
+import typing
+
+import jax
+import orbax.checkpoint as ocp
+
+
+def flatten(state: typing.Any) -> dict[str, typing.Any]:
+    """The leaves of a pytree by their paths, such as ``params/embed/table``: what is on disk knows no node types.
+
+    Raises TypeError for a leaf that is not a jax array of numbers: Orbax writes NumPy scalars and random keys in forms
+    that do not come back as they were.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(arrays) == len(leaves), "two leaves of the state have one path"
+    assert "" not in arrays, "the root of the state is a leaf and has no name"
+    for name, leaf in arrays.items():
+        is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+        if not is_array or jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise TypeError(f"{name} is {type(leaf).__name__} {leaf!r}; a checkpoint holds jax arrays of numbers")
+    return arrays
+
+
+def split_parts(arrays: dict[str, typing.Any]) -> dict[str, dict[str, typing.Any]]:
+    """The leaves by the first key of their path: each part has files of its own, so that one can be read alone."""
+    parts: dict[str, dict[str, typing.Any]] = {}
+    for name, leaf in arrays.items():
+        parts.setdefault(name.split("/")[0], {})[name] = leaf
+    return parts
+
+
+def multiprocessing_options() -> ocp.options.MultiprocessingOptions:
+    """Options with which Orbax waits at barriers of ``jax.distributed``, with no collective on the devices.
+
+    It does so where the processes are named; a collective would meet the mesh that the caller has set.
+    """
+    processes = set(range(jax.process_count()))
+    return ocp.options.MultiprocessingOptions(active_processes=processes if len(processes) > 1 else None)

@@ -1,0 +1,173 @@
+"""Saving: Orbax writes asynchronously and atomically, then every file is hashed into the manifest.
+
+A step goes through three states: being written (a directory with Orbax's temporary name, ignored by all readers),
+committed (the directory bears the step's number), and saved (its manifest is there). Older steps are removed only then.
+"""
+
+import concurrent.futures
+import json
+import logging
+import typing
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lmjax.checkpoint import processes
+from lmjax.checkpoint.layout import flatten, multiprocessing_options, split_parts
+from lmjax.checkpoint.manifest import (
+    MANIFEST,
+    LeafEntry,
+    Manifest,
+    describe_files,
+    list_steps,
+    verify,
+    write_manifest,
+)
+from lmjax.errors import InputError
+from lmjax.schema import config_class
+
+log = logging.getLogger(__name__)
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+SAVE_ERRORS = (OSError, ValueError, RuntimeError)  # tensorstore gives a status such as RESOURCE_EXHAUSTED as ValueError
+
+
+@config_class
+class CheckpointConfig:
+    """When the state is saved, and how many steps are kept."""
+
+    every_steps: int = 500
+    """Updates between two checkpoints; the last step and a stop by a signal are always saved."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"checkpoint.{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+class Saver:
+    """Saves the state of a run in ``directory``, in the background.
+
+    Every process of the run builds one and calls its methods in the same order; the directory is on a disk that all of
+    them see. What goes wrong in the background is raised as InputError by the next ``save``, ``wait`` or ``close``; the
+    steps that were saved before stay as they are.
+    """
+
+    def __init__(self, directory: str, config: CheckpointConfig) -> None:
+        """Create ``directory`` and remove what killed saves left in it. Raises InputError where that is not allowed."""
+        self.directory = epath.Path(directory)
+        self._config = config
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._saved: int | None = None
+        failure = None
+        if jax.process_index() == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(self.directory)
+            except OSError as error:
+                failure = (
+                    f"{self.directory}: cannot keep checkpoints here: {error}. Give a directory that can be written to."
+                )
+        if failure := processes.share(failure):
+            raise InputError(failure)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=multiprocessing_options()
+        )
+
+    def save(self, step: int, state: typing.Any, metadata: dict[str, typing.Any]) -> None:
+        """Copy ``state`` off the devices and write it in the background; returns when the caller may donate it.
+
+        Waits for the previous save first, and raises its error. ``state`` is a pytree of jax arrays with a named root
+        (a dictionary, a named tuple); ``metadata`` holds JSON values. A step that is on disk and verifies is left as it
+        is; a damaged one is replaced.
+        """
+        self.wait()
+        arrays = flatten(state)
+        metadata = json.loads(json.dumps(metadata))  # the caller may change its dictionary while this is being written
+        if processes.share(jax.process_index() == 0 and self._is_saved(step)):
+            log.info("checkpoint %d is already in %s", step, self.directory)
+            return
+        leaves = {name: LeafEntry(array.shape, array.dtype.name) for name, array in arrays.items()}
+        items = {part: ocp.args.PyTreeSave(of_part) for part, of_part in split_parts(arrays).items()}
+        try:
+            self._orbax.save(self.directory / str(step), args=ocp.args.Composite(**items))
+        except SAVE_ERRORS as error:
+            raise self._failed(step, str(error)) from error
+        self._pending = step, self._thread.submit(self._finish, step, leaves, metadata)
+
+    def wait(self) -> None:
+        """Return when the last save is durable, on every process. Raises InputError where it failed on any of them."""
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        cause = None
+        try:
+            future.result()
+        except SAVE_ERRORS as error:
+            cause = error
+        failures = [line for line in processes.gather(None if cause is None else str(cause)) if line]
+        if failures:
+            raise self._failed(step, failures[0]) from cause
+        self._saved = step
+
+    def close(self) -> None:
+        """Wait for the last save and end the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def _finish(self, step: int, leaves: dict[str, LeafEntry], metadata: dict[str, typing.Any]) -> None:
+        self._orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            directory = self.directory / str(step)
+            files = describe_files(directory)
+            write_manifest(directory, Manifest(step=step, metadata=metadata, leaves=leaves, files=files))
+            _remove_old(self.directory, step, self._config.keep_last)
+
+    def _is_saved(self, step: int) -> bool:
+        if step == self._saved:
+            return True
+        if step not in list_steps(self.directory):
+            return False
+        problems = verify(self.directory, step).problems
+        if problems:
+            log.warning("checkpoint %d in %s is damaged and is replaced: %s", step, self.directory, problems[0])
+            _remove_step(self.directory / str(step))
+        return not problems
+
+    def _failed(self, step: int, why: str) -> InputError:
+        steps = [found for found in list_steps(self.directory) if (self.directory / str(found) / MANIFEST).exists()]
+        return InputError(
+            f"{self.directory}: saving checkpoint {step} failed: {why}\n"
+            f"Saved checkpoints, untouched: {', '.join(map(str, steps)) or 'none'}. "
+            "Make room or fix the cause, then start the same command again: it removes what is half-written and resumes from "
+            "the newest one."
+        )
+
+
+def _remove_old(directory: epath.Path, saved: int, keep_last: int) -> None:
+    """Remove the steps before ``saved`` that are not among the newest ``keep_last`` with a manifest."""
+    older = [step for step in list_steps(directory) if step < saved]
+    complete = [step for step in older if (directory / str(step) / MANIFEST).exists()]
+    keep = complete[max(0, len(complete) - keep_last + 1) :]
+    for step in older:
+        if step not in keep:
+            _remove_step(directory / str(step))
+
+
+def _remove_step(step_directory: epath.Path) -> None:
+    (step_directory / MANIFEST).unlink(missing_ok=True)  # first: half a step must not look like one
+    step_directory.rmtree()
+
+
+def _remove_leftovers(directory: epath.Path) -> None:
+    for path in directory.iterdir():
+        if TEMPORARY in path.name:
+            log.warning("removing %s: the save was stopped before it was finished", path)
+            path.rmtree()

@@ -1,0 +1,61 @@
+"""Read a config file as a class, and write an object as a file that reads back to it."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+from etils import epath
+
+from lmjax.config.explain import explain
+from lmjax.config.files import compose
+from lmjax.errors import InputError
+
+T = TypeVar("T")
+
+
+def load_as(cls: type[T], file: str, overrides: Sequence[str] = ()) -> T:
+    """The YAML ``file``, with its bases and ``overrides`` of the form ``key=value``, as an object of a config class.
+
+    Raises InputError with one line for each thing that is wrong: who set it, the full key, what was found, what is
+    allowed, and the nearest known key.
+    """
+    composed = compose(file, overrides)
+    # From JSON, since pydantic's strict mode takes no dict for a dataclass but does take a JSON object for one.
+    content = json.dumps(composed.tree, default=_unreadable)
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(content)
+    except pydantic.ValidationError as error:
+        raise InputError(explain(cls, composed, error.errors())) from None
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """Every value of ``config``, defaults included, as the mappings, lists, text and numbers that JSON has."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def to_yaml(config: Any) -> str:
+    """:func:`to_tree` of ``config`` as YAML that :func:`load_as` reads back to an equal object."""
+    return yaml.safe_dump(_escaped(to_tree(config)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def dump(config: Any, file: str) -> None:
+    """Write :func:`to_yaml` of ``config``: the file is there whole, or as it was before."""
+    path = epath.Path(file)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(to_yaml(config))
+    unfinished.replace(path)
+
+
+def _escaped(value: Any) -> Any:
+    """``value`` with the text that would be read as an interpolation made plain text."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def _unreadable(value: Any) -> Any:
+    raise InputError(f"found {value!r}, of type {type(value).__name__}; a config has text, numbers, lists and mappings")

@@ -1,0 +1,148 @@
+"""Batches as a pure function of (dataset, seed, step): there is no iterator, hence no state to save or to lose."""
+
+import functools
+import hashlib
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from lmjax.data.index import Index, fingerprint
+from lmjax.data.plans import Plan
+from lmjax.data.shards import read_documents
+from lmjax.errors import InputError
+
+EMPTY_ROW = -1
+"""Row number of a row that holds no token."""
+
+
+class Batch(NamedTuple):
+    """Rows of packed documents; every array is [rows, sequence_length]."""
+
+    tokens: np.ndarray
+    """int32; 0 where there is no document."""
+    targets: np.ndarray
+    """int32: the next token of the same piece; 0 where there is none."""
+    segment_ids: np.ndarray
+    """int32: 1, 2, … number the pieces of a row; 0 is padding."""
+    positions: np.ndarray
+    """int32: 0, 1, … from the start of each piece; 0 in padding."""
+    weights: np.ndarray
+    """float32: 1 where there is a target, else 0."""
+
+
+class RowReader:
+    """Reads rows of a plan by number, each with one random access a piece."""
+
+    def __init__(self, directory: str, index: Index, plan: Plan):
+        assert plan.dataset == fingerprint(index), "the plan was verified against this dataset when it was loaded"
+        self._documents = read_documents(directory, index, plan.split)
+        self._layout = plan.layout
+        self._sequence_length = plan.sequence_length
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """The rows of these numbers, in this order; ``EMPTY_ROW`` gives padding alone. ``rows``: int64 [num_rows]."""
+        shape = (len(rows), self._sequence_length)
+        tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        weights = np.zeros(shape, np.float32)
+        pieces, lines = self._pieces(rows)
+        documents = self._documents.read(pieces["document"])
+        line, segment, offset = -1, 0, 0
+        for piece_line, (_, start, length), document in zip(lines.tolist(), pieces.tolist(), documents, strict=True):
+            if piece_line != line:
+                line, segment, offset = piece_line, 0, 0
+            segment += 1
+            here, end = slice(offset, offset + length), offset + length
+            tokens[line, here] = document[start : start + length]
+            targets[line, offset : end - 1] = tokens[line, offset + 1 : end]
+            weights[line, offset : end - 1] = 1
+            segment_ids[line, here] = segment
+            positions[line, here] = np.arange(length)
+            offset = end
+        return Batch(tokens, targets, segment_ids, positions, weights)
+
+    def _pieces(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces of the rows, in order, and for each the line of the batch that it lies in."""
+        full = np.flatnonzero(rows != EMPTY_ROW)
+        first, stop = self._layout.row_starts[rows[full]], self._layout.row_starts[rows[full] + 1]
+        counts = stop - first
+        lines = np.repeat(full, counts)
+        within = np.arange(len(lines)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self._layout.pieces[np.repeat(first, counts) + within], lines
+
+
+class Batches:
+    """Endless global batches of a shuffled split.
+
+    Global batch ``step`` takes ``global_batch_size`` rows from the stream of epochs, each of which holds every row of
+    the plan once in an order of its own; a batch may span epochs. Batch and order depend on the dataset, the plan's
+    options, the seed and the step, and on nothing else.
+    """
+
+    def __init__(self, directory: str, index: Index, plan: Plan, *, global_batch_size: int, seed: int):
+        if global_batch_size < 1:
+            raise InputError(f"global_batch_size: found {global_batch_size}; at least 1 sequence is needed")
+        if plan.num_rows == 0:
+            raise InputError(f"{directory}: split {plan.split!r} has no documents; prepare more text")
+        self.num_rows = plan.num_rows
+        self.global_batch_size = global_batch_size
+        self._reader = RowReader(directory, index, plan)
+        self._order = EpochOrder(plan.num_rows, seed)
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Rows ``start`` to ``stop`` (exclusive) of global batch ``step``, which is counted from 0."""
+        assert step >= 0
+        assert 0 <= start <= stop <= self.global_batch_size
+        return self._reader.read(self.row_numbers(step, start, stop))
+
+    def row_numbers(self, step: int, start: int, stop: int) -> np.ndarray:
+        """Which rows of the plan these are, int64 [stop - start]."""
+        first = step * self.global_batch_size
+        return np.array([self._order[first + row] for row in range(start, stop)], np.int64)
+
+    def hash(self, step: int) -> str:
+        """SHA-256 of the tokens, then the segment ids, of the whole global batch (little-endian int32, row by row)."""
+        batch = self.rows(step, 0, self.global_batch_size)
+        digest = hashlib.sha256(batch.tokens.astype("<i4").tobytes())
+        digest.update(batch.segment_ids.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+class EvaluationBatches:
+    """Every row of a split once, in the order of the plan; the last batch is filled with empty rows."""
+
+    def __init__(self, directory: str, index: Index, plan: Plan, *, global_batch_size: int):
+        assert global_batch_size >= 1
+        self.num_rows = plan.num_rows
+        self.global_batch_size = global_batch_size
+        self.num_batches = -(-plan.num_rows // global_batch_size)
+        self._reader = RowReader(directory, index, plan)
+
+    def rows(self, number: int, start: int, stop: int) -> Batch:
+        """Rows ``start`` to ``stop`` (exclusive) of global batch ``number``, which is counted from 0."""
+        assert 0 <= number < self.num_batches
+        assert 0 <= start <= stop <= self.global_batch_size
+        rows = np.arange(start, stop) + number * self.global_batch_size
+        return self._reader.read(np.where(rows < self.num_rows, rows, EMPTY_ROW))
+
+
+class EpochOrder:
+    """Row number at each place of an endless stream of epochs, in O(1) memory: grain's index shuffle, anew each epoch.
+
+    The seed of an epoch is a hash of the run's seed and the epoch's number. Grain itself adds the two, so that there
+    the runs of seeds 0 and 1 share all but one epoch.
+    """
+
+    def __init__(self, num_rows: int, seed: int):
+        self._num_rows = num_rows
+        self._seed = seed
+
+    def __getitem__(self, place: int) -> int:
+        epoch, within = divmod(place, self._num_rows)
+        return _shuffled(self._num_rows, self._seed, epoch)[within]
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(num_rows: int, seed: int, epoch: int) -> grain.MapDataset[int]:
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    return grain.MapDataset.range(num_rows).shuffle(seed=int.from_bytes(digest[:4], "little"))

@@ -1,0 +1,158 @@
+"""Pack plans on disk: which piece of which document lies in which row, kept in the dataset directory."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lmjax.data.index import Index, fingerprint
+from lmjax.data.pack import Layout, best_fit_decreasing, concat
+from lmjax.data.shards import read_documents
+from lmjax.errors import InputError
+
+FORMAT_VERSION = 1
+PACKERS: Mapping[str, Callable[[np.ndarray, int], Layout]] = {"best_fit": best_fit_decreasing, "concat": concat}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The rows of one split of one dataset, and how they were made."""
+
+    dataset: str
+    """Fingerprint of the dataset whose documents the pieces are of."""
+    split: str
+    sequence_length: int
+    """Positions a row."""
+    packing: str
+    layout: Layout
+    """Memory-mapped where the plan was read from disk."""
+    padding: int
+    """Positions of all rows that hold no token."""
+    documents_cut: int
+    """Documents that lie in more than one piece."""
+    lost_targets: int
+    """Tokens that are no target in their row because a cut parts them from the token before."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.layout.num_rows
+
+
+def build_plan(directory: str, index: Index, *, split: str, sequence_length: int, packing: str) -> Plan:
+    """Pack a split without touching the disk: a pure function of the dataset and the options."""
+    if packing not in PACKERS:
+        raise InputError(f"packing: found {packing!r}; allowed are {', '.join(PACKERS)}")
+    if sequence_length < 2:
+        raise InputError(f"sequence_length: found {sequence_length}; a row needs at least 2 positions to have a target")
+    layout = PACKERS[packing](read_documents(directory, index, split).lengths, sequence_length)
+    return Plan(
+        dataset=fingerprint(index),
+        split=split,
+        sequence_length=sequence_length,
+        packing=packing,
+        layout=layout,
+        padding=layout.padding(sequence_length),
+        documents_cut=layout.documents_cut,
+        lost_targets=layout.lost_targets,
+    )
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def ensure_plan(
+    directory: str,
+    index: Index,
+    *,
+    split: str,
+    sequence_length: int,
+    packing: str,
+    announce: Callable[[str], None] = _say,
+) -> Plan:
+    """The stored plan, verified; a missing one is built first, stored atomically and announced.
+
+    Building is deterministic, so processes that share the directory may all call this; it saves work to let one go
+    first. A plan that does not match its checksums, or that is of another dataset, is an ``InputError``.
+    """
+    sidecar, pieces, row_starts = _files(directory, split, sequence_length, packing)
+    if not all(file.exists() for file in (sidecar, pieces, row_starts)):
+        announce(f"building the pack plan {sidecar} (split {split}, {packing}, rows of {sequence_length} tokens)")
+        plan = build_plan(directory, index, split=split, sequence_length=sequence_length, packing=packing)
+        _write(plan, sidecar, pieces, row_starts)
+    return _read(fingerprint(index), split, sequence_length, packing, sidecar, pieces, row_starts)
+
+
+def _files(directory: str, split: str, sequence_length: int, packing: str) -> tuple[Path, Path, Path]:
+    stem = f"plan-{split}-{packing}-{sequence_length}"
+    return tuple(Path(directory) / f"{stem}{suffix}" for suffix in (".json", ".pieces.npy", ".rows.npy"))
+
+
+def _write(plan: Plan, sidecar: Path, pieces: Path, row_starts: Path) -> None:
+    """Store the arrays, then the sidecar that vouches for them: a kill leaves the plan missing, never wrong."""
+    sidecar.unlink(missing_ok=True)
+    _replace(pieces, lambda file: np.save(file, plan.layout.pieces))
+    _replace(row_starts, lambda file: np.save(file, plan.layout.row_starts))
+    record = {
+        "format_version": FORMAT_VERSION,
+        "dataset": plan.dataset,
+        "split": plan.split,
+        "sequence_length": plan.sequence_length,
+        "packing": plan.packing,
+        "rows": plan.num_rows,
+        "pieces": len(plan.layout.pieces),
+        "tokens": plan.layout.num_tokens,
+        "padding": plan.padding,
+        "documents_cut": plan.documents_cut,
+        "lost_targets": plan.lost_targets,
+        "sha256": {file.name: _sha256(file) for file in (pieces, row_starts)},
+    }
+    _replace(sidecar, lambda file: file.write(json.dumps(record, indent=1).encode() + b"\n"))
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file under a name of its own, then move it to ``path``, so that no half of it is ever seen there."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with partial.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(
+    dataset: str, split: str, sequence_length: int, packing: str, sidecar: Path, pieces: Path, row_starts: Path
+) -> Plan:
+    fix = f"delete {sidecar} and run the command again: the plan is rebuilt from the shards"
+    try:
+        record = json.loads(sidecar.read_bytes())
+        stored = {file: record["sha256"][file.name] for file in (pieces, row_starts)}
+        found = [record[key] for key in ("format_version", "dataset", "split", "sequence_length", "packing")]
+        counts = {key: int(record[key]) for key in ("padding", "documents_cut", "lost_targets")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{sidecar}: not a pack plan ({error!r}); {fix}") from None
+    expected = [FORMAT_VERSION, dataset, split, sequence_length, packing]
+    if found != expected:
+        raise InputError(f"{sidecar}: found a plan of {found}, where {expected} is needed (format, dataset, …); {fix}")
+    for file, sha256 in stored.items():
+        if _sha256(file) != sha256:
+            raise InputError(
+                f"{file}: its bytes are not those that {sidecar.name} vouches for (SHA-256 differs); {fix}"
+            )
+    layout = Layout(np.load(pieces, mmap_mode="r"), np.load(row_starts, mmap_mode="r"))
+    return Plan(dataset=dataset, split=split, sequence_length=sequence_length, packing=packing, layout=layout, **counts)

@@ -1,0 +1,19 @@
+"""How a forward pass is carried out: what changes speed, memory and rounding, and never the function."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerExecution:
+    """What a layer has to know about it."""
+
+    compute_dtype: jnp.dtype
+    """dtype of activations and of the parameters in matrix products."""
+    reduce_in_float32: bool = False
+    """Whether devices sum the gradients of matrices in float32 (otherwise in the compute dtype)."""
+    attention_kernel: str = "auto"
+    """A name of ``lmjax.ops.attention``'s table, or auto."""
+    platform: str = "cpu"
+    """What the mesh's devices are: cpu, gpu or tpu. A compile for absent devices cannot ask them."""

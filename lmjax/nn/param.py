@@ -1,0 +1,62 @@
+"""Parameters: float32 arrays that carry the logical axes of their dimensions."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lmjax import compat as _compat  # noqa: F401  (puts nnx into tree mode before the first module is made)
+from lmjax.nn.execution import LayerExecution
+from lmjax.ops.projection import project
+from lmjax.sharding import activation_spec
+
+InitScheme = Literal["gpt2", "olmo2"]
+"""``gpt2``: normal, 0.02, the two projections into the residual stream divided by sqrt(2 x layers) (GPT-2 report,
+section 2.3). ``olmo2``: normal, 0.02, for every matrix (arXiv 2501.00656, section 3.2)."""
+
+STD = 0.02
+
+
+def residual_std(scheme: InitScheme, num_layers: int) -> float:
+    """Standard deviation of the projections whose output is added to the residual stream."""
+    return STD / math.sqrt(2 * num_layers) if scheme == "gpt2" else STD
+
+
+def matrix(key: PRNGKeyArray, shape: tuple[int, ...], axes: tuple[str, ...], std: float = STD) -> nnx.Param:
+    """A normally distributed parameter. ``axes`` names each dimension of ``shape``."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
+
+
+def scale(dim: int) -> nnx.Param:
+    """The multiplier of a norm, one at first, held whole by every device."""
+    return nnx.Param(jnp.ones((dim,), jnp.float32), axes=("norm",))
+
+
+class Projection(nnx.Module):
+    """A matrix product over named dimensions, such as ``btd,dnh->btnh``."""
+
+    def __init__(
+        self,
+        equation: str,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        output_axes: tuple[str, ...],
+        *,
+        std: float = STD,
+        key: PRNGKeyArray,
+    ):
+        self.equation = equation
+        self.output_axes = output_axes
+        self.kernel = matrix(key, shape, axes, std)
+
+    def __call__(self, x: Float[Array, "..."], execution: LayerExecution) -> Float[Array, "..."]:
+        kernel = self.kernel[...]
+        inputs, output = self.equation.split("->")
+        x_letters, kernel_letters = inputs.split(",")
+        sizes = dict(zip(kernel_letters, kernel.shape, strict=True)) | dict(zip(x_letters, x.shape, strict=True))
+        out_spec = activation_spec(self.output_axes, tuple(sizes[letter] for letter in output))
+        return project(self.equation, x, kernel, out_spec, reduce_f32=execution.reduce_in_float32)

@@ -1,0 +1,86 @@
+"""The config sections of a run that belong to its loop."""
+
+from typing import Literal
+
+from lmjax.models.remat import RematConfig
+from lmjax.schema import config_class
+
+
+@config_class
+class TrainConfig:
+    """What is trained, how long, and how a step is carried out."""
+
+    steps: int
+    """Updates in all."""
+    global_batch_size: int
+    """Sequences in an update, over all devices and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches of an update, one after the other; micro-batch a has the rows r with r mod this = a."""
+    seed: int = 0
+    """Seed of the initial parameters and of the order of the data."""
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2 in the loss (arXiv 2204.02311, section 5)."""
+    loss_chunk_tokens: int = 2048
+    """Tokens of a device whose logits exist at the same time."""
+    remat: RematConfig = RematConfig()
+    """What the backward pass finds saved."""
+    scan_layers: bool = True
+    """Compile one block and scan over the layers, or compile every block."""
+    attention_kernel: Literal["auto", "reference", "chunked", "splash"] = "auto"
+    """Attention kernel by name; auto takes the best one that is proved for the hardware."""
+    log_batch_hash: bool = False
+    """Whether metrics.jsonl has a digest of every global batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "accumulation", "loss_chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be 1 or more")
+        if self.seed < 0 or self.z_loss < 0:
+            raise ValueError(f"seed {self.seed} and z_loss {self.z_loss} have to be 0 or more")
+        if self.global_batch_size % self.accumulation:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} does not divide into accumulation {self.accumulation} "
+                f"micro-batches: {self.global_batch_size} mod {self.accumulation} = "
+                f"{self.global_batch_size % self.accumulation}"
+            )
+
+
+@config_class
+class EvaluateConfig:
+    """The loss on held-out rows, and samples, while training; both also before the first and after the last step."""
+
+    every_steps: int = 500
+    """Updates between two evaluations."""
+    max_rows: int = 256
+    """Rows of the validation split that are scored, from its start."""
+    prompts: tuple[str, ...] = ()
+    """Texts that are continued after every evaluation, into samples.jsonl."""
+    sample_tokens: int | None = None
+    """Tokens of each continuation; 64 by default."""
+    temperature: float | None = None
+    """Temperature of the samples; 0 takes the most probable token. 0.8 by default."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.max_rows < 1:
+            raise ValueError(f"every_steps {self.every_steps} and max_rows {self.max_rows} have to be 1 or more")
+        for name in ("sample_tokens", "temperature"):
+            if getattr(self, name) is not None and not self.prompts:
+                raise ValueError(f"{name} has an effect with prompts only, and there are none")
+        if self.sample_tokens is not None and self.sample_tokens < 1:
+            raise ValueError(f"sample_tokens is {self.sample_tokens}; it has to be 1 or more")
+        if self.temperature is not None and self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it has to be 0 or more")
+
+
+@config_class
+class LoggingConfig:
+    """What a run writes down."""
+
+    every_steps: int = 1
+    """Updates between two rows of metrics.jsonl."""
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    """A live bar, plain lines, or a bar where the output is a terminal."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"every_steps is {self.every_steps}; it has to be 1 or more")

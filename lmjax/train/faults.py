@@ -1,0 +1,49 @@
+"""What can go wrong in a run, and how it is noticed."""
+
+import math
+import signal
+import threading
+from types import FrameType
+from typing import Self
+
+from lmjax.errors import DivergedError
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as it always does.
+
+    Used as a context manager; outside the main thread, where Python takes no handlers, it never asks to stop.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+
+def check_finite(step: int, loss: float, grad_norm: float, last_saved: int | None) -> None:
+    """Raises DivergedError where an update had a loss or a gradient that is not finite."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    kept = "there is no checkpoint" if last_saved is None else f"the checkpoint of step {last_saved} is from before it"
+    raise DivergedError(
+        f"step {step}: loss is {loss!r} and the gradient's norm is {grad_norm!r}; the run is stopped and {kept}. "
+        "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the batch of that step."
+    )

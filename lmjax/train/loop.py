@@ -1,0 +1,267 @@
+"""A run from its first step to its last: everything that happens in it is in ``run``."""
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lmjax.checkpoint.processes import decide
+from lmjax.checkpoint.restore import restore
+from lmjax.checkpoint.save import Saver
+from lmjax.compat import device_memory_peak
+from lmjax.data.batches import Batch
+from lmjax.data.index import fingerprint
+from lmjax.errors import InputError, PreemptedError
+from lmjax.generate.decode import Generator
+from lmjax.models.counts import parameter_count, training_flops
+from lmjax.sharding import batch_sharding
+from lmjax.train.evaluate import make_evaluator
+from lmjax.train.faults import StopSignal, check_finite
+from lmjax.train.feed import Feed, to_devices
+from lmjax.train.job import Dataset, Job, Program, make_program, open_dataset
+from lmjax.train.metrics import Recorder, peak_flops
+from lmjax.train.state import TrainState, init_state
+from lmjax.train.step import DeviceBatch, StepMetrics, make_step
+
+
+def run(job: Job) -> None:
+    """Train from the newest checkpoint in the run's directory, or from the beginning, to the last step.
+
+    Every process of the run calls it. Raises PreemptedError after a signal and a durable save, DivergedError for a loss
+    that is not finite, InputError for configs, datasets and checkpoints that do not go together.
+    """
+    primary = jax.process_index() == 0
+    program = make_program(job)
+    dataset = open_dataset(job)
+    mesh, blueprint = program.mesh, program.blueprint
+    checkpoints = Path(job.run_dir) / "checkpoints"
+    restored = restore(checkpoints, blueprint.state)
+    start, tokens, state = 0, 0.0, None
+    if restored is not None:
+        check_same_data(restored.metadata, dataset, checkpoints / str(restored.step))
+        start, tokens, state = restored.step, restored.metadata["tokens"], restored.state
+    recorder = Recorder(Path(job.run_dir), job.logging, start=start, steps=job.train.steps, primary=primary)
+    saver = Saver(str(checkpoints), job.checkpoint)
+    feed = None
+    try:
+        for skipped in restored.skipped if restored else ():
+            recorder.message(f"checkpoint {skipped.step} is not good and was skipped: {skipped.why}")
+        if start >= job.train.steps:
+            recorder.message(f"{job.run_dir}: all {job.train.steps} steps are done; raise train.steps to go on")
+            return
+        where = "from the beginning" if restored is None else f"from the checkpoint of step {start}"
+        recorder.message(
+            f"{parameter_count(job.model):,} parameters on {mesh.size} device(s) {dict(mesh.shape)}; training {where} "
+            f"to step {job.train.steps}"
+        )
+        state = init_state(blueprint, job.train.seed) if state is None else state
+        held_out = HeldOut(job, program, dataset, recorder)
+        step = compile_step(job, program, recorder)
+        feed = Feed(batch_maker(job, dataset, mesh), start, job.train.steps)
+        clock = Clock(job, mesh)
+        pending: Pending | None = None
+        last_saved = None if restored is None else start
+
+        def settle(pending: Pending | None, tokens: float) -> float:
+            """Fetch and write the metrics of an update that was dispatched before; the tokens up to it."""
+            if pending is None:
+                return tokens
+            row = clock.row(pending, tokens, feed.seconds_waited)
+            check_finite(row["step"], row["loss"], row["grad_norm"], last_saved)
+            if row["step"] % job.logging.every_steps == 0 or row["step"] == job.train.steps:
+                recorder.train_row(row, last=row["step"] == job.train.steps)
+            return row["tokens"]
+
+        with StopSignal() as stop:
+            if start == 0:
+                held_out.score(0, state)
+            clock.restart()
+            for number, batch in enumerate(feed, start + 1):
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step(state, batch)
+                tokens = settle(pending, tokens)  # of the update before, while the devices work on this one
+                digest = dataset.batches.hash(number - 1) if job.train.log_batch_hash and primary else None
+                pending = Pending(number, metrics, digest)
+                last = number == job.train.steps
+                evaluate = last or number % job.evaluate.every_steps == 0
+                stopped = decide(stop.received is not None)
+                if evaluate or stopped or number % job.checkpoint.every_steps == 0:
+                    tokens = settle(pending, tokens)
+                    pending = None
+                    if evaluate:
+                        held_out.score(number, state)
+                    if last or stopped or number % job.checkpoint.every_steps == 0:
+                        saver.save(number, state, checkpoint_metadata(job, dataset, tokens))
+                        last_saved = number
+                    clock.restart()
+                if stopped and not last:
+                    saver.wait()
+                    raise PreemptedError(
+                        f"stopped by a signal after step {number}, which is saved; the same command goes on from there"
+                    )
+        saver.wait()
+        waited = feed.seconds_waited / max(clock.total_seconds, 1e-9)
+        recorder.message(
+            f"done: step {job.train.steps}, {tokens:,.0f} tokens; {waited:.2%} of the time spent waiting for data"
+        )
+    finally:
+        if feed is not None:
+            feed.close()
+        saver.close()
+        recorder.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """An update that was dispatched and whose metrics were not fetched yet."""
+
+    step: int
+    metrics: StepMetrics
+    batch_hash: str | None
+
+
+class Clock:
+    """Turns fetched metrics into rows of metrics.jsonl, with the times and rates that belong to them."""
+
+    def __init__(self, job: Job, mesh: Mesh):
+        self.total_seconds = 0.0
+        """Of all updates so far, without evaluations and saves."""
+        self._devices = list(mesh.local_devices)
+        peak = peak_flops(self._devices[0])
+        self._peak = None if peak is None else peak * mesh.size
+        self._flops = training_flops(job.model, job.train.global_batch_size, job.data.sequence_length)
+        self._log_hash = job.train.log_batch_hash
+        self._waited = 0.0
+        self._last = time.perf_counter()
+
+    def restart(self) -> None:
+        """What happened since the last update is not part of the next."""
+        self._last = time.perf_counter()
+
+    def row(self, pending: Pending, tokens: float, seconds_waited: float) -> dict[str, Any]:
+        metrics = StepMetrics(*(float(value) for value in jax.device_get(pending.metrics)))
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.total_seconds += seconds
+        waited, self._waited = seconds_waited - self._waited, seconds_waited
+        memory = [device_memory_peak(device) for device in self._devices]
+        row = {
+            "step": pending.step,
+            "loss": metrics.loss,
+            "grad_norm": metrics.grad_norm,
+            "learning_rate": metrics.learning_rate,
+            "tokens": tokens + metrics.tokens,
+            "tokens_per_second": metrics.tokens / seconds,
+            "step_seconds": seconds,
+            "data_seconds": waited,
+            "mfu": None if self._peak is None else self._flops / seconds / self._peak,
+            "memory_bytes": None if None in memory else max(memory),
+        }
+        return row | ({"batch_hash": pending.batch_hash} if self._log_hash else {})
+
+
+class HeldOut:
+    """Scores the validation rows and continues the prompts, between updates."""
+
+    def __init__(self, job: Job, program: Program, dataset: Dataset, recorder: Recorder):
+        self._job, self._program, self._dataset, self._recorder = job, program, dataset, recorder
+        counts = np.asarray(dataset.index.token_counts)
+        counts = np.pad(counts, (0, job.model.vocab_size - len(counts)))
+        self._evaluate = make_evaluator(program.blueprint, program.execution, program.loss, counts)
+        self._generator = (
+            Generator(program.blueprint, program.execution, dataset.tokenizer) if job.evaluate.prompts else None
+        )
+
+    def score(self, step: int, state: TrainState) -> None:
+        if self._dataset.evaluation is not None:
+            result = self._evaluate(state.params, self._batches())
+            self._recorder.evaluation_row({"step": step, **result._asdict()})
+        if self._generator is not None:
+            config = self._job.evaluate
+            samples = self._generator.generate_texts(
+                state.params,
+                config.prompts,
+                max_tokens=config.sample_tokens or 64,
+                temperature=0.8 if config.temperature is None else config.temperature,
+                seed=self._job.train.seed + step,
+            )
+            rows = zip(config.prompts, samples, strict=True)
+            self._recorder.sample_rows({"step": step, "prompt": prompt, "text": text} for prompt, text in rows)
+
+    def _batches(self) -> Iterator[DeviceBatch]:
+        """The first ``evaluate.max_rows`` rows, in batches of a micro-batch's size."""
+        yield from evaluation_batches(self._dataset, self._job, self._program.mesh)
+
+
+def evaluation_batches(dataset: Dataset, job: Job, mesh: Mesh) -> Iterator[DeviceBatch]:
+    """The first ``evaluate.max_rows`` validation rows on the devices, one micro-batch at a time."""
+    source = dataset.evaluation
+    assert source is not None
+    rows = source.global_batch_size
+    length = job.data.sequence_length
+    for number in range(min(source.num_batches, -(-job.evaluate.max_rows // rows))):
+
+        def scored(start: int, stop: int, number: int = number) -> Batch:
+            batch = source.rows(number, start, stop)
+            kept = np.arange(start, stop) + number * rows < job.evaluate.max_rows
+            return batch._replace(weights=batch.weights * kept[:, None].astype(np.float32))
+
+        yield to_devices(scored, rows, length, 1, mesh)
+
+
+def batch_maker(job: Job, dataset: Dataset, mesh: Mesh) -> Callable[[int], DeviceBatch]:
+    """Global batch by number (finished updates before it), on the devices."""
+    config = job.train
+
+    def make(step: int) -> DeviceBatch:
+        def rows(start: int, stop: int):
+            return dataset.batches.rows(step, start, stop)
+
+        return to_devices(rows, config.global_batch_size, job.data.sequence_length, config.accumulation, mesh)
+
+    return make
+
+
+def abstract_batch(job: Job, mesh: Mesh) -> DeviceBatch:
+    """The shapes and shardings of a global batch."""
+    shape = (job.train.accumulation, job.train.global_batch_size // job.train.accumulation, job.data.sequence_length)
+    whole, part = np.dtype(np.int32), np.dtype(np.float32)
+    dtypes = DeviceBatch(tokens=whole, targets=whole, segment_ids=whole, positions=whole, weights=part)
+    sharding = batch_sharding(mesh, num_leading=1)
+    return DeviceBatch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
+
+
+def compile_step(job: Job, program: Program, recorder: Recorder) -> Any:
+    """The compiled step; what it took is told."""
+    began = time.perf_counter()
+    step = jax.jit(make_step(program.blueprint, program.execution, program.loss), donate_argnums=0)
+    with jax.set_mesh(program.mesh):
+        compiled = step.lower(program.blueprint.state, abstract_batch(job, program.mesh)).compile()
+    recorder.message(f"the step compiled in {time.perf_counter() - began:.1f} s")
+    return compiled
+
+
+def check_same_data(metadata: dict[str, Any], dataset: Dataset, checkpoint: Path) -> None:
+    """Raises InputError where a checkpoint was trained on another dataset."""
+    found = fingerprint(dataset.index)
+    if metadata["dataset"] != found:
+        raise InputError(
+            f"{checkpoint}: trained on the dataset {metadata['dataset'][:16]}…, but {dataset.directory} is "
+            f"{found[:16]}…. Prepare the same data again, or train in another run_dir."
+        )
+
+
+def checkpoint_metadata(job: Job, dataset: Dataset, tokens: float) -> dict[str, Any]:
+    packages = ("lmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {
+        "dataset": fingerprint(dataset.index),
+        "tokens": tokens,
+        "config": job.resolved,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }

@@ -1,0 +1,101 @@
+"""The state of a run, as a plain tree of arrays, and where each leaf of it lies."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from lmjax.models.decoder import Decoder, DecoderConfig
+from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
+from lmjax.sharding import parameter_spec, replicated
+
+
+class TrainState(NamedTuple):
+    """Everything that an update reads and writes."""
+
+    step: Any
+    """Finished updates, int32."""
+    params: Any
+    """float32 parameters, nested dicts as the decoder's attributes are."""
+    opt_state: Any
+    """optax's state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """What a run's state looks like before any of it exists."""
+
+    config: DecoderConfig
+    mesh: Mesh
+    graphdef: Any
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    state: TrainState
+    """ShapeDtypeStructs with shardings."""
+
+    def decoder(self, params: Any) -> Decoder:
+        """The module whose parameters are ``params``."""
+        return nnx.merge(self.graphdef, params)
+
+
+def abstract_decoder(config: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """The decoder's graph definition, and its parameters as ShapeDtypeStructs with their shardings on ``mesh``."""
+    graphdef, variables = nnx.split(jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0)))
+
+    def struct(variable):
+        value = variable.get_value()
+        partition = parameter_spec(variable.axes, value.shape, mesh.shape)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, partition))
+
+    structs = jax.tree.map(struct, variables, is_leaf=_is_variable)
+    return graphdef, nnx.to_pure_dict(structs)
+
+
+def decay_mask(config: DecoderConfig) -> Any:
+    """Which parameters are decayed: those that are matrices in a single layer."""
+    _, variables = nnx.split(jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0)))
+    return nnx.to_pure_dict(jax.tree.map(lambda variable: len(variable.axes) > 1, variables, is_leaf=_is_variable))
+
+
+def make_blueprint(config: DecoderConfig, optimizer: OptimizerConfig, num_steps: int, mesh: Mesh) -> Blueprint:
+    """Raises InputError where the mesh does not divide the model."""
+    graphdef, params = abstract_decoder(config, mesh)
+    schedule = make_schedule(optimizer, num_steps)
+    transformation = make_optimizer(optimizer, schedule, decay_mask(config))
+
+    def struct(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    opt_state = optax.tree_utils.tree_map_params(
+        transformation,
+        struct,
+        jax.eval_shape(transformation.init, plain),
+        shardings,
+        transform_non_params=lambda leaf: struct(leaf, replicated(mesh)),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return Blueprint(config, mesh, graphdef, transformation, schedule, TrainState(step, params, opt_state))
+
+
+def init_state(blueprint: Blueprint, seed: int) -> TrainState:
+    """The state before the first update, the same bits on every mesh.
+
+    Every device computes its own part only: the mesh must not be set here, or each would build whole arrays.
+    """
+
+    def init(key):
+        params = nnx.to_pure_dict(nnx.split(Decoder(blueprint.config, key=key))[1])
+        return TrainState(jnp.zeros((), jnp.int32), params, blueprint.optimizer.init(params))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.state)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, nnx.Variable)
