@@ -32,9 +32,15 @@ def split_parts(arrays: dict[str, typing.Any]) -> dict[str, dict[str, typing.Any
 
 
 def multiprocessing_options() -> ocp.options.MultiprocessingOptions:
-    """Options with which Orbax waits at barriers of ``jax.distributed``, with no collective on the devices.
+    """Options with which Orbax waits at barriers of ``jax.distributed``.
 
-    It does so where the processes are named; a collective would meet the mesh that the caller has set.
+    It does so where the processes are named; else it runs a collective on the devices, in the midst of a step's work.
     """
     processes = set(range(jax.process_count()))
     return ocp.options.MultiprocessingOptions(active_processes=processes if len(processes) > 1 else None)
+
+
+def handler() -> ocp.CompositeCheckpointHandler:
+    """What reads and writes the parts of a state."""
+    options = ocp.CompositeOptions(multiprocessing_options=multiprocessing_options())
+    return ocp.CompositeCheckpointHandler(composite_options=options)

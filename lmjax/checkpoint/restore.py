@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lmjax.checkpoint import processes
-from lmjax.checkpoint.layout import flatten, multiprocessing_options, split_parts
+from lmjax.checkpoint.layout import flatten, handler, multiprocessing_options, split_parts
 from lmjax.checkpoint.manifest import LeafEntry, Manifest, check_files, list_steps, read_manifest, unexpected_files
 from lmjax.errors import InputError
 
@@ -139,6 +139,6 @@ def _read(step_directory: epath.Path, expected: dict[str, jax.ShapeDtypeStruct])
         for part, of_part in split_parts(expected).items()
     }
     options = multiprocessing_options()
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=options) as checkpointer:
+    with ocp.Checkpointer(handler(), multiprocessing_options=options) as checkpointer:
         read = checkpointer.restore(step_directory, args=ocp.args.Composite(**items))
     return [read[name.split("/")[0]][name] for name in expected]

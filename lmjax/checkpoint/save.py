@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lmjax.checkpoint import processes
-from lmjax.checkpoint.layout import flatten, multiprocessing_options, split_parts
+from lmjax.checkpoint.layout import flatten, handler, multiprocessing_options, split_parts
 from lmjax.checkpoint.manifest import (
     MANIFEST,
     LeafEntry,
@@ -74,9 +74,7 @@ class Saver:
         if failure := processes.share(failure):
             raise InputError(failure)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(), multiprocessing_options=multiprocessing_options()
-        )
+        self._orbax = ocp.AsyncCheckpointer(handler(), multiprocessing_options=multiprocessing_options())
 
     def save(self, step: int, state: typing.Any, metadata: dict[str, typing.Any]) -> None:
         """Copy ``state`` off the devices and write it in the background; returns when the caller may donate it.

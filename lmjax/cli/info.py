@@ -1,5 +1,6 @@
 """``lmjax info``: what this machine runs lmjax with."""
 
+import collections
 import importlib.metadata
 import platform
 from typing import Any
@@ -10,18 +11,21 @@ from lmjax.cli.table import print_json, print_table
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
 
 
-def info(json: AsJson = False) -> None:
+def info(as_json: AsJson = False) -> None:
     """Show versions, devices, and which attention kernels there are.
 
     Example: lmjax info --json
     """
     found = {"versions": versions(), "devices": devices(), "kernels": kernels()}
-    if json:
+    if as_json:
         print_json(found)
         return
     print_table("Versions", ("package", "version"), found["versions"].items())
-    print_table("Devices", ("platform", "kind", "count"), [row.values() for row in found["devices"]])
-    print_table("Attention kernels", ("kernel", "hardware", "features"), [row.values() for row in found["kernels"]])
+    print_table("Devices", ("platform", "kind", "count"), [tuple(row.values()) for row in found["devices"]])
+    rows = [
+        (row["kernel"], *map(", ".join, (row["hardware"], row["features"])), row["summary"]) for row in found["kernels"]
+    ]
+    print_table("Attention kernels", ("kernel", "hardware", "features", "what it is"), rows)
 
 
 def versions() -> dict[str, str | None]:
@@ -39,8 +43,6 @@ def versions() -> dict[str, str | None]:
 
 def devices() -> list[dict[str, Any]]:
     """How many devices of each kind JAX sees, over all processes."""
-    import collections
-
     import jax
 
     counts = collections.Counter((device.platform, device.device_kind) for device in jax.devices())
@@ -48,4 +50,15 @@ def devices() -> list[dict[str, Any]]:
 
 
 def kernels() -> list[dict[str, Any]]:
-    return []
+    """The attention kernels that ``train.attention_kernel`` may name, and what each can do."""
+    from lmjax.ops.attention import KERNELS
+
+    return [
+        {
+            "kernel": name,
+            "hardware": sorted(kernel.platforms),
+            "features": sorted(kernel.features),
+            "summary": kernel.summary,
+        }
+        for name, kernel in KERNELS.items()
+    ]

@@ -82,7 +82,7 @@ def describe(declared: Any) -> str:
     if typing.get_origin(member) is Literal:
         return _join([_show(value) for value in typing.get_args(member)])
     if dataclasses.is_dataclass(member):
-        return f"a mapping with the keys {_join(list(_keys(member)), 'and')}"
+        return f"a mapping with the keys {_join(_keys(member), 'and')}"
     if typing.get_origin(member) in (tuple, list):
         return f"a list, each entry {describe(typing.get_args(member)[0])}"
     if typing.get_origin(member) is dict:
@@ -111,27 +111,28 @@ def _problem(cls: type, composed: Composed, error: pydantic_core.ErrorDetails, p
     found = _show(error["input"])
     if error["type"].endswith("_type") or error["type"] == "literal_error":
         choices = [str(choice) for member in _members(place.declared) for choice in _choices(member)]
-        return f"{key or 'the file'}: found {found}, allowed: {describe(place.declared)}{_meant(error['input'], choices)}"
+        return (
+            f"{key or 'the file'}: found {found}, allowed: {describe(place.declared)}{_meant(error['input'], choices)}"
+        )
     message = error["msg"].removeprefix("Input should be ")
     return f"{key}: found {found}, allowed: {message}"
 
 
 def _unknown(cls: type, composed: Composed, place: Place) -> str:
     *holder, name = place.path
-    keys = list(_keys(place.owner))
-    prefix = ".".join(map(str, holder))
-    near = difflib.get_close_matches(str(name), keys, n=1)
-    elsewhere = [".".join(path) for path in _all_keys(cls) if path[-1] == name and path != place.path]
-    meant = [".".join([*map(str, holder), key]) for key in near] or elsewhere[:1]
-    text = f"{'.'.join(map(str, place.path))}: unknown key"
-    if meant:
-        text += f"; did you mean {meant[0]}?"
-    kind = next((field.default for field in dataclasses.fields(place.owner) if field.name == "kind"), None)
-    kind = kind or next(iter(_names(place.owner) - {place.owner.__name__}), None)
-    text += f"{';' if not meant else ''} {prefix or 'a config'}{f' of kind {kind}' if kind else ''} has {_join(keys, 'and')}"
-    setters = [layer for layer in composed.layers if layer.at == (*holder, "kind")]
-    if setters:
-        text += f". {setters[-1].name} changes the kind alone: give the section whole, as '{prefix}={{kind: {kind}}}'"
+    section = ".".join(map(str, holder))
+    keys = _keys(place.owner)
+    # The same key of another section is meant more often than a similar one of this section.
+    same = [".".join(path) for path in _all_keys(cls) if path[-1] == name and path != place.path]
+    similar = [f"{section}.{key}" if section else key for key in difflib.get_close_matches(str(name), keys, n=1)]
+    meant = f"; did you mean {[*same, *similar][0]}?" if same or similar else ";"
+    kinds = _tags([place.owner]) if "kind" in keys else []
+    whole = f"{section or 'a config'}{f' of kind {kinds[0]}' if kinds else ''}"
+    text = f"{'.'.join(map(str, place.path))}: unknown key{meant} {whole} has {_join(keys, 'and')}"
+    for layer in composed.layers:
+        if layer.at == (*holder, "kind"):
+            give = f"{section}={{kind: {layer.tree}}}"
+            text += f". {layer.name} changes the kind alone: give the section whole, as '{give}'"
     return text
 
 
@@ -166,8 +167,8 @@ def _inside(members: list[Any], part: str | int) -> Any:
     return None
 
 
-def _keys(cls: Any) -> Iterator[str]:
-    return (field.name for field in dataclasses.fields(cls))
+def _keys(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _all_keys(declared: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -38,7 +38,7 @@ class Composed(NamedTuple):
     layers: list[Layer]
 
     def origin(self, path: Path) -> str:
-        """The name of the strongest layer that sets ``path`` or, for a key that nobody sets, the whole of what lacks it."""
+        """The strongest layer that sets ``path`` or, for a key that nobody sets, what should hold it as a whole."""
         for length in range(len(path), -1, -1):
             for layer in reversed(self.layers):
                 whole = length == len(path) or len(layer.at) <= length
@@ -61,8 +61,8 @@ def compose(file: str, overrides: Sequence[str] = ()) -> Composed:
         except (OmegaConfBaseException, ValueError):
             key = ".".join(map(str, layer.at))
             raise InputError(
-                f"{layer.name}: {key} leads nowhere: entries of a list are named by their position, from 0 to its length "
-                "less 1. Replace the whole list to make it longer"
+                f"{layer.name}: {key} leads nowhere: the entries of a list are named by their positions, from 0 on. "
+                "Replace the whole list to make it longer"
             ) from None
         layers.append(layer)
     try:

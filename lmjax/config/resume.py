@@ -33,7 +33,9 @@ def check_resume(before: Any, after: Any, run_dir: str) -> None:
     if refused:
         lines = [f"  {found.key}: the run has {found.before!r}, the config {found.after!r}" for found in refused]
         raise InputError(
-            f"{run_dir} was made with another config:\n" + "\n".join(lines) + "\nGive these their values of the run, or "
+            f"{run_dir} was made with another config:\n"
+            + "\n".join(lines)
+            + "\nGive these their values of the run, or "
             f"choose another run_dir. On resume may change: {', '.join(MAY_CHANGE)}"
         )
 

@@ -1,6 +1,7 @@
 """Read a config file as a class, and write an object as a file that reads back to it."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """:func:`to_tree` of ``config`` as YAML that :func:`load_as` reads back to an equal object."""
-    return yaml.safe_dump(_escaped(to_tree(config)), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(_escaped(to_tree(config)), sort_keys=False, width=120)
 
 
 def dump(config: Any, file: str) -> None:
@@ -54,7 +55,8 @@ def _escaped(value: Any) -> Any:
         return {key: _escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_escaped(inner) for inner in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    # A backslash before an interpolation is an escape, so those that stand there are doubled.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _unreadable(value: Any) -> Any:

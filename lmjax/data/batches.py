@@ -46,14 +46,16 @@ class RowReader:
         tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
         weights = np.zeros(shape, np.float32)
         pieces, lines = self._pieces(rows)
-        documents = self._documents.read(pieces["document"])
+        # A document that was cut has many pieces; each record is read once.
+        numbers, which = np.unique(pieces["document"], return_inverse=True)
+        found = self._documents.read(numbers)
         line, segment, offset = -1, 0, 0
-        for piece_line, (_, start, length), document in zip(lines.tolist(), pieces.tolist(), documents, strict=True):
+        for piece_line, (_, start, length), number in zip(lines.tolist(), pieces.tolist(), which.tolist(), strict=True):
             if piece_line != line:
                 line, segment, offset = piece_line, 0, 0
             segment += 1
             here, end = slice(offset, offset + length), offset + length
-            tokens[line, here] = document[start : start + length]
+            tokens[line, here] = found[number][start : start + length]
             targets[line, offset : end - 1] = tokens[line, offset + 1 : end]
             weights[line, offset : end - 1] = 1
             segment_ids[line, here] = segment
@@ -139,7 +141,9 @@ class EpochOrder:
 
     def __getitem__(self, place: int) -> int:
         epoch, within = divmod(place, self._num_rows)
-        return _shuffled(self._num_rows, self._seed, epoch)[within]
+        row = _shuffled(self._num_rows, self._seed, epoch)[within]
+        assert row is not None, "only a filtered dataset has holes"
+        return row
 
 
 @functools.lru_cache(maxsize=4)

@@ -8,11 +8,11 @@ PIECE = np.dtype([("document", "<i8"), ("start", "<i4"), ("length", "<i4")])
 """A run of one document's tokens: ``document[start : start + length]``."""
 
 BLOCK_DOCUMENTS = 1 << 20
-"""Best-fit packs this many documents at a time: its memory is bounded, and only a block's last rows have more padding."""
+"""Best-fit packs this many documents at a time: memory is bounded, and only a block's last rows have more padding."""
 
 
 class Layout(NamedTuple):
-    """Rows of pieces: row ``r`` is ``pieces[row_starts[r] : row_starts[r + 1]]``, one after the other from its start."""
+    """Rows of pieces: row ``r`` is ``pieces[row_starts[r] : row_starts[r + 1]]``, side by side from its start."""
 
     pieces: np.ndarray
     """PIECE [num_pieces]."""

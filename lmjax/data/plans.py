@@ -1,17 +1,14 @@
 """Pack plans on disk: which piece of which document lies in which row, kept in the dataset directory."""
 
 import dataclasses
-import hashlib
 import json
-import os
-import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
+from lmjax.data.files import replacing, sha256_of, write_bytes
 from lmjax.data.index import Index, fingerprint
 from lmjax.data.pack import Layout, best_fit_decreasing, concat
 from lmjax.data.shards import read_documents
@@ -91,15 +88,16 @@ def ensure_plan(
 
 
 def _files(directory: str, split: str, sequence_length: int, packing: str) -> tuple[Path, Path, Path]:
-    stem = f"plan-{split}-{packing}-{sequence_length}"
-    return tuple(Path(directory) / f"{stem}{suffix}" for suffix in (".json", ".pieces.npy", ".rows.npy"))
+    stem = Path(directory) / f"plan-{split}-{packing}-{sequence_length}"
+    return Path(f"{stem}.json"), Path(f"{stem}.pieces.npy"), Path(f"{stem}.rows.npy")
 
 
 def _write(plan: Plan, sidecar: Path, pieces: Path, row_starts: Path) -> None:
     """Store the arrays, then the sidecar that vouches for them: a kill leaves the plan missing, never wrong."""
     sidecar.unlink(missing_ok=True)
-    _replace(pieces, lambda file: np.save(file, plan.layout.pieces))
-    _replace(row_starts, lambda file: np.save(file, plan.layout.row_starts))
+    for path, array in ((pieces, plan.layout.pieces), (row_starts, plan.layout.row_starts)):
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
+            np.save(file, array)
     record = {
         "format_version": FORMAT_VERSION,
         "dataset": plan.dataset,
@@ -112,27 +110,9 @@ def _write(plan: Plan, sidecar: Path, pieces: Path, row_starts: Path) -> None:
         "padding": plan.padding,
         "documents_cut": plan.documents_cut,
         "lost_targets": plan.lost_targets,
-        "sha256": {file.name: _sha256(file) for file in (pieces, row_starts)},
+        "sha256": {file.name: sha256_of(file) for file in (pieces, row_starts)},
     }
-    _replace(sidecar, lambda file: file.write(json.dumps(record, indent=1).encode() + b"\n"))
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file under a name of its own, then move it to ``path``, so that no half of it is ever seen there."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with partial.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_bytes(sidecar, json.dumps(record, indent=1).encode() + b"\n")
 
 
 def _read(
@@ -150,7 +130,7 @@ def _read(
     if found != expected:
         raise InputError(f"{sidecar}: found a plan of {found}, where {expected} is needed (format, dataset, …); {fix}")
     for file, sha256 in stored.items():
-        if _sha256(file) != sha256:
+        if sha256_of(file) != sha256:
             raise InputError(
                 f"{file}: its bytes are not those that {sidecar.name} vouches for (SHA-256 differs); {fix}"
             )

@@ -250,7 +250,7 @@ def whole_sequences(x_BTD: Float[Array, "batch seq embed"]) -> Float[Array, "bat
 def _unrolled(body, x, layers):
     outputs = []
     for i in range(jax.tree.leaves(layers)[0].shape[0]):
-        x, output = body(x, jax.tree.map(lambda leaf: leaf[i], layers))
+        x, output = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
         outputs.append(output)
     if outputs[0] is None:
         return x, None

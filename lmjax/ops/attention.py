@@ -126,7 +126,8 @@ def attention(
     not divide are given whole to every device (as ``lmjax.sharding.activation_spec`` says), which takes its own.
     ``segment_ids`` are 0 at padding, whose result is 0. ``platform`` (cpu, gpu or tpu) is that of the devices here
     unless it is given, as a compile for absent devices must. ``save_as`` is the name by which a ``jax.checkpoint``
-    policy can keep the result together with whatever else spares the backward pass another run of the kernel. Raises InputError for a kernel that cannot do this.
+    policy can keep the result together with whatever else spares the backward pass another run of the kernel. Raises
+    InputError for a kernel that cannot do this.
     """
     T, N = q_BTNH.shape[1:3]
     K = k_BTKH.shape[2]

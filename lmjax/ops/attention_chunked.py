@@ -47,7 +47,7 @@ def chunked_attention(
         x_BT = jnp.pad(x_BT, ((0, 0), (0, num_blocks * size - T)) + ((0, 0),) * (x_BT.ndim - 2))
         return x_BT.reshape(B, num_blocks, size, *x_BT.shape[2:]).swapaxes(0, 1)
 
-    out_IBCKGH = _blocked(
+    out_IBCKGH: jax.Array = _blocked(
         mask,
         scale,
         save_as,

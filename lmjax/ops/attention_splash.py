@@ -3,6 +3,8 @@
 Legend: B batch, T positions, N query heads, K kv heads, H head_dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -38,11 +40,12 @@ def splash_attention(
         interpret=interpret,
     )
     q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)  # the kernel has no scale of its own
+    segments = None if segment_ids_BT is None else kernel.SegmentIds(segment_ids_BT, segment_ids_BT)
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    out_BNTH: Any = jax.vmap(attend)(*heads_first, segments)
+    out_BTNH = jnp.swapaxes(out_BNTH, 1, 2)
     if segment_ids_BT is None:
-        return jnp.swapaxes(jax.vmap(attend)(*heads_first), 1, 2)
-    segments = kernel.SegmentIds(segment_ids_BT, segment_ids_BT)
-    out_BTNH = jnp.swapaxes(jax.vmap(attend)(*heads_first, segments), 1, 2)
+        return out_BTNH
     # To the kernel padding is a segment like any other.
     return jnp.where((segment_ids_BT != 0)[:, :, None, None], out_BTNH, 0)
 

@@ -25,16 +25,17 @@ def to_devices(rows: Rows, num_rows: int, length: int, accumulation: int, mesh: 
     """
     shape = (accumulation, num_rows // accumulation, length)
     sharding = batch_sharding(mesh, num_leading=1)
-    parts = {}
+    parts: dict[tuple[int, int], Batch] = {}
+    devices = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         start, stop, _ = index[1].indices(shape[1])
+        devices[device] = start, stop
         if (start, stop) not in parts:
             batch = rows(start * accumulation, stop * accumulation)
             parts[start, stop] = Batch(*(_by_micro_batch(field, accumulation) for field in batch))
-    devices = sharding.addressable_devices_indices_map(shape)
     arrays = []
     for i in range(len(Batch._fields)):
-        shards = [jax.device_put(parts[index[1].indices(shape[1])[:2]][i], device) for device, index in devices.items()]
+        shards = [jax.device_put(parts[part][i], device) for device, part in devices.items()]
         arrays.append(jax.make_array_from_single_device_arrays(shape, sharding, shards))
     return DeviceBatch(*arrays)
 

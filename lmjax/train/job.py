@@ -90,9 +90,9 @@ def check_shapes(job: Job, mesh: Mesh) -> None:
     if rows % shards:
         raise InputError(
             f"train.global_batch_size {job.train.global_batch_size} / train.accumulation {job.train.accumulation} = "
-            f"{rows} rows a micro-batch, which do not divide over data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = "
-            f"{shards} devices: {rows} mod {shards} = {rows % shards}. Choose a batch size that is a multiple of "
-            f"{shards * job.train.accumulation}, or another mesh."
+            f"{rows} rows a micro-batch, which do not divide over data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']} = {shards} devices: {rows} mod {shards} = {rows % shards}. Choose a batch size that "
+            f"is a multiple of {shards * job.train.accumulation}, or another mesh."
         )
 
 

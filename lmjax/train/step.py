@@ -85,7 +85,7 @@ def make_step(
             params = optax.apply_updates(state.params, updates)
             metrics = StepMetrics(
                 loss=nll / total_weight,
-                grad_norm=optax.global_norm(grads),
+                grad_norm=optax.tree.norm(grads),
                 learning_rate=jnp.asarray(blueprint.schedule(state.step), jnp.float32),
                 tokens=jnp.sum(batch.weights),
             )

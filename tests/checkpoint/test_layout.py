@@ -17,9 +17,10 @@ def test_paths_name_every_kind_of_node():
     assert list(split_parts(flatten(state))["optimizer"]) == ["optimizer/0/count", "optimizer/1/0"]
 
 
-@pytest.mark.parametrize("leaf", [np.int32(3), np.ones(2), 1.0, jax.random.key(0)], ids=["scalar", "numpy", "float", "key"])
-def test_only_jax_arrays_of_numbers(leaf):
-    with pytest.raises(TypeError, match="params/w is .* a checkpoint holds jax arrays of numbers"):
+@pytest.mark.parametrize("kind", ["scalar", "numpy", "float", "key"])
+def test_only_jax_arrays_of_numbers(kind):
+    leaf = {"scalar": np.int32(3), "numpy": np.ones(2), "float": 1.0, "key": jax.random.key(0)}[kind]
+    with pytest.raises(TypeError, match="(?s)params/w is .* a checkpoint holds jax arrays of numbers"):
         flatten({"params": {"w": leaf}})
 
 

@@ -82,13 +82,16 @@ TWO_PROCESSES = """
 
     saver = Saver(str(directory), CheckpointConfig())
     if process == 1:
-        saver._orbax.wait_until_finished = lambda: (_ for _ in ()).throw(OSError("disk of process 1"))
+        def fail(*_):
+            raise OSError("disk of process 1")
+        saver._finish = fail
     saver.save(3, state_on(mesh, spec, 1), {})
     try:
         saver.wait()
     except InputError as error:
         assert "saving checkpoint 3 failed: disk of process 1" in str(error)
         print("all agreed")
+    saver.close()
 """
 
 
@@ -101,4 +104,4 @@ def test_two_processes(tmp_path):
     command = [LAUNCH, "2", sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), tmp_path / "checkpoints"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["[0] all agreed", "[1] all agreed"]
+    assert sorted(line for line in done.stdout.splitlines() if "Gloo" not in line) == ["[0] all agreed", "[1] all agreed"]

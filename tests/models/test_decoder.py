@@ -1,0 +1,157 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.errors import InputError
+from lmjax.models.decoder import DecoderConfig, Segment
+from lmjax.models.remat import RematConfig
+from lmjax.train.step import DeviceBatch, loss_sums
+from tests import tiny
+from tests.tiny import CONFIG, FLOAT32, LOSS
+
+LENGTH = 12
+
+
+def dependence(config: DecoderConfig, rng: np.random.Generator, segment_ids: np.ndarray) -> np.ndarray:
+    """[t, j]: how strongly the output at position t depends on the token at position j.
+
+    The tokens differ, so that each position has a row of the embedding table to itself, and that row's gradient tells.
+    """
+    blueprint = tiny.blueprint_of(config, tiny.mesh_of(1, 1, 1))
+    params = tiny.state_of(blueprint, tiny.random_params(blueprint, rng)).params
+    mesh = blueprint.mesh
+    tokens, segment_ids = tiny.by_rows(mesh, np.arange(LENGTH, dtype=np.int32)[None], segment_ids)
+    direction = rng.standard_normal(config.embed_dim).astype(np.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(table, position):
+        decoder = blueprint.decoder({**params, "embed": {"table": table}})
+        hidden = decoder.hidden(tokens, tokens, segment_ids, FLOAT32)
+        return jnp.sum(hidden * (jnp.arange(LENGTH) == position)[None, :, None] * direction)
+
+    with jax.set_mesh(mesh):
+        rows = [gradient(params["embed"]["table"], t)[:LENGTH] for t in range(LENGTH)]
+    return np.abs(np.stack(rows)).max(axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "view"),
+    [
+        ({}, LENGTH),
+        # Each of two sliding layers looks back 2 positions beyond itself.
+        ({"layer_pattern": ("sliding",), "sliding_window": 3}, 5),
+        # The third layer is a segment of its own: what is left of the pattern. 2 + 2 positions, and all.
+        ({"layer_pattern": ("sliding", "full"), "sliding_window": 3, "num_layers": 3}, LENGTH),
+    ],
+)
+def test_a_position_sees_itself_and_what_its_layers_let_through(changes, view, rng):
+    config = tiny.with_changes(CONFIG, num_kv_heads=2, **changes)
+    found = dependence(config, rng, np.ones((1, LENGTH), np.int32)) > 0
+    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    np.testing.assert_array_equal(found, (distance >= 0) & (distance < view))
+
+
+def test_a_position_sees_nothing_of_another_document(rng):
+    segment_ids = np.repeat([1, 2, 0], [4, 6, 2])[None].astype(np.int32)
+    found = dependence(CONFIG, rng, segment_ids) > 0
+    expected = np.tril(segment_ids[0][:, None] == segment_ids[0]) & (segment_ids[0] > 0)
+    np.testing.assert_array_equal(found, expected | np.eye(LENGTH, dtype=bool))  # padding has its own residual stream
+
+
+def hidden_states(config, batch, rng):
+    blueprint = tiny.blueprint_of(config, tiny.mesh_of(1, 1, 1))
+    params = tiny.state_of(blueprint, tiny.random_params(blueprint, rng)).params
+
+    @jax.jit
+    def run(params, tokens, positions, segment_ids):
+        return blueprint.decoder(params).hidden(tokens, positions, segment_ids, FLOAT32)
+
+    with jax.set_mesh(blueprint.mesh):
+        return [np.asarray(run(params, *tiny.by_rows(blueprint.mesh, *inputs))) for inputs in batch]
+
+
+def test_a_packed_row_equals_its_documents_run_apart(rng):
+    config = tiny.with_changes(CONFIG, layer_pattern=("sliding", "full"), sliding_window=4)
+    first, second = 5, 7
+    tokens = rng.integers(0, config.vocab_size, (1, LENGTH)).astype(np.int32)
+    segment_ids = np.repeat([1, 2], [first, second])[None].astype(np.int32)
+    restarted = np.concatenate([np.arange(first), np.arange(second)])[None].astype(np.int32)
+    ones, straight = np.ones_like(tokens), np.arange(LENGTH, dtype=np.int32)[None]
+    alone = np.roll(tokens, -first, axis=1)  # the second document from position 0 on; causality hides what follows
+    packed, apart_1, apart_2, mixed = hidden_states(
+        config,
+        [
+            (tokens, restarted, segment_ids),
+            (tokens, straight, ones),
+            (alone, straight, ones),
+            (tokens, restarted, ones),
+        ],
+        rng,
+    )
+    apart = np.concatenate([apart_1[:, :first], apart_2[:, :second]], axis=1)
+    np.testing.assert_allclose(packed, apart, rtol=1e-5, atol=1e-5)
+    assert np.abs(mixed - apart)[:, first:].max() > 1e-2
+
+
+def test_scan_equals_unrolled(rng):
+    config = tiny.with_changes(CONFIG, num_layers=5, layer_pattern=("sliding", "full"), sliding_window=3)
+    blueprint = tiny.blueprint_of(config, tiny.mesh_of(1, 1, 1))
+    params = tiny.state_of(blueprint, tiny.random_params(blueprint, rng)).params
+    batch = DeviceBatch(*tiny.by_rows(blueprint.mesh, *(field[:2] for field in tiny.packed_batch(rng, config))))
+
+    def loss(params, execution):
+        return loss_sums(blueprint.decoder(params), batch, execution, LOSS).loss
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    unrolled = tiny.execution(scan_layers=False, remat=RematConfig(policy="none"))
+    with jax.set_mesh(blueprint.mesh):
+        expected, expected_grads = gradient(params, FLOAT32)
+        found, grads = gradient(params, unrolled)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    tiny.assert_trees_close(grads, expected_grads, 1e-5)
+    swapped = jax.tree.map(lambda leaf: leaf[::-1], params["segments"][0])  # the depth of a layer matters
+    with jax.set_mesh(blueprint.mesh):
+        other, _ = gradient({**params, "segments": {**params["segments"], 0: swapped}}, FLOAT32)
+    assert abs(float(other - expected)) > 1e-3
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("num_layers", "pattern", "segments"),
+    [
+        (4, ("full",), (Segment(("full",), 4),)),
+        (4, ("sliding", "full"), (Segment(("sliding", "full"), 2),)),
+        (5, ("sliding", "sliding", "full"), (Segment(("sliding", "sliding", "full"), 1), Segment(("sliding",) * 2, 1))),
+        (1, ("sliding", "full"), (Segment(("sliding",), 1),)),
+    ],
+)
+def test_segments_are_whole_patterns_and_the_rest(num_layers, pattern, segments):
+    window = 3 if "sliding" in pattern else None
+    config = tiny.with_changes(CONFIG, num_layers=num_layers, layer_pattern=pattern, sliding_window=window)
+    assert config.segments == segments
+    kinds = [kind for segment in config.segments for _ in range(segment.repeats) for kind in segment.pattern]
+    assert kinds == [pattern[i % len(pattern)] for i in range(num_layers)]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": None, "embed_dim": 36}, "36 mod 8 = 4"),
+        ({"num_kv_heads": 3}, "num_heads 8 is not a multiple of num_kv_heads 3"),
+        ({"head_dim": 5}, "head_dim is 5"),
+        ({"layer_pattern": ()}, "layer_pattern is empty"),
+        ({"sliding_window": 4}, "sliding_window is 4"),
+        ({"layer_pattern": ("sliding",)}, "sliding_window is None"),
+        ({"layer_pattern": ("local",)}, "'full' or 'sliding'"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"mlp_dim": "48"}, "valid integer"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"init": "xavier"}, "'gpt2' or 'olmo2'"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        tiny.with_changes(CONFIG, **changes)

@@ -1,0 +1,101 @@
+import math
+
+import jax
+import pytest
+
+from lmjax.errors import InputError
+from lmjax.models.remat import RematConfig
+from lmjax.train.step import DeviceBatch, loss_sums
+from tests import tiny
+from tests.tiny import CONFIG, LOSS
+
+NONE = RematConfig(policy="none")
+POLICIES = {
+    "full": RematConfig(policy="full"),
+    "dots": RematConfig(policy="dots"),
+    "attention": RematConfig(policy="attention"),
+    "save": RematConfig(policy="save", save=("query", "mlp_hidden")),
+    "offload": RematConfig(policy="save", save=("attention_out",), offload=("block_input", "mlp_up")),
+}
+
+
+@pytest.fixture(scope="module")
+def problem(request):
+    """Parameters, and the loss as a function of them and of a remat policy."""
+    rng = tiny.generator(request)
+    blueprint = tiny.blueprint_of(CONFIG, tiny.mesh_of(1, 1, 1))
+    params = tiny.state_of(blueprint, tiny.random_params(blueprint, rng)).params
+    batch = DeviceBatch(*tiny.by_rows(blueprint.mesh, *(field[:2] for field in tiny.packed_batch(rng, CONFIG))))
+
+    def loss(params, remat, scan_layers=True):
+        execution = tiny.execution(remat=remat, scan_layers=scan_layers)
+        return loss_sums(blueprint.decoder(params), batch, execution, LOSS).loss
+
+    with jax.set_mesh(blueprint.mesh):
+        yield params, loss
+
+
+@pytest.fixture(scope="module")
+def unsaved(problem):
+    """The loss and its gradient without any remat."""
+    params, loss = problem
+    return jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, NONE)
+
+
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in POLICIES if name != "full"), "full"])
+def test_every_policy_gives_the_same_gradients(name, problem, unsaved):
+    params, loss = problem
+    value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, POLICIES[name])
+    assert abs(float(value - unsaved[0])) <= 1e-6 * abs(float(unsaved[0]))
+    tiny.assert_trees_close(grads, unsaved[1], 1e-5)
+    with pytest.raises(AssertionError):
+        tiny.assert_trees_close(jax.tree.map(lambda leaf: leaf * 1.001, grads), unsaved[1], 1e-5)
+
+
+def residual_bytes(loss, params, remat, scan_layers) -> int:
+    """What the forward pass keeps for the backward pass, by its shapes: nothing is computed."""
+    backward = jax.eval_shape(lambda params: jax.vjp(lambda p: loss(p, remat, scan_layers), params)[1], params)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_policies_keep_what_they_say(scan_layers, problem):
+    params, loss = problem
+    kept = {name: residual_bytes(loss, params, remat, scan_layers) for name, remat in {"none": NONE, **POLICIES}.items()}
+    tokens = 2 * tiny.LENGTH * CONFIG.num_layers
+    stream = 4 * tokens * CONFIG.embed_dim
+    heads = 4 * tokens * CONFIG.num_heads * CONFIG.head_width
+    hidden = 4 * tokens * CONFIG.mlp_dim
+    assert kept["attention"] - kept["full"] == heads
+    assert kept["save"] - kept["full"] == heads + hidden
+    # query, key, value, out, gate and up; nothing within a block depends on down.
+    assert kept["dots"] - kept["full"] == 3 * heads + stream + 2 * hidden
+    assert kept["none"] > kept["dots"] + 3 * stream
+
+
+def test_full_computes_the_forward_pass_again(problem):
+    params, loss = problem
+
+    def products(remat: RematConfig) -> int:
+        return str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, remat)).count("dot_general[")
+
+    block = 7 + 2  # weights, scores and weighted values
+    assert products(POLICIES["full"]) - products(NONE) >= block - 2  # the last products' results are not needed again
+    assert products(POLICIES["full"]) > products(POLICIES["dots"]) > products(NONE)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"policy": "minimal"}, "'none', 'full', 'dots', 'attention' or 'save'"),
+        ({"policy": "save"}, "both are empty"),
+        ({"policy": "full", "save": ("query",)}, "with policy save only"),
+        ({"policy": "none", "offload": ("query",)}, "with policy save only"),
+        ({"policy": "save", "save": ("queries",)}, "'attention_out'"),
+        ({"policy": "save", "save": ("query",), "offload": ("query",)}, "named twice"),
+    ],
+)
+def test_unknown_and_useless_names_are_refused(fields, message):
+    with pytest.raises(InputError, match=message):
+        RematConfig(**fields)

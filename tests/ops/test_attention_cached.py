@@ -1,0 +1,82 @@
+"""Attention over a cache: what the reference gives for the whole row, whatever slots the keys lie in."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.ops.attention_cached import cached_attention
+from lmjax.ops.attention_mask import Mask
+from tests.ops.attention_case import make_case, run_reference
+from tests.ops.sharded import BATCH, assert_trees_close, run_on
+
+import jax  # isort: skip
+
+P = jax.sharding.PartitionSpec
+NEW, SLOTS = 5, 32
+
+
+def run_cached(mesh, case, window, heads="tensor", dtype=np.float32):
+    """The last positions of a row whose keys are scattered over more slots than it has, others holding rubbish."""
+    batch, length = case.q.shape[:2]
+    rng = np.random.default_rng(0)
+    k = rng.normal(size=(batch, SLOTS, *case.k.shape[2:])).astype(np.float32)
+    v = rng.normal(size=k.shape).astype(np.float32)
+    key_positions = np.full((batch, SLOTS), -1, np.int32)
+    for row in range(batch):
+        slots = rng.permutation(SLOTS)[:length]
+        k[row, slots], v[row, slots] = case.k[row], case.v[row]
+        key_positions[row, slots] = np.arange(length)
+    positions = np.broadcast_to(np.arange(length - NEW, length, dtype=np.int32), (batch, NEW))
+    rows, kv = P(BATCH, None), P(BATCH, None, heads, None)
+    return run_on(
+        mesh,
+        functools.partial(cached_attention, window=window, scale=0.3),
+        (case.q[:, -NEW:].astype(dtype), P(BATCH, None, "tensor", None)),
+        (k.astype(dtype), kv),
+        (v.astype(dtype), kv),
+        (positions, rows),
+        (key_positions, rows),
+    )
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_equals_the_reference_of_the_whole_row(one_device, rng, window):
+    case = make_case(rng)
+    expected = run_reference(case, Mask(window=window), segmented=False)[0][:, -NEW:]
+    found = run_cached(one_device, case, window)
+    assert_trees_close(found, expected, 1e-6)
+    with pytest.raises(AssertionError):
+        assert_trees_close(run_cached(one_device, case, 3), expected, 1e-3)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "heads"), [(2, "tensor"), (1, None)])
+def test_sharded_equals_one_device(one_device, mesh_2x2x2, rng, num_kv_heads, heads):
+    case = make_case(rng, batch=4, num_kv_heads=num_kv_heads)
+    found = run_cached(mesh_2x2x2, case, 4, heads)
+    assert found.sharding.spec == P(BATCH, None, heads, None)
+    assert_trees_close(found, run_cached(one_device, case, 4), 1e-6)
+
+
+def test_bfloat16_is_near_float32(one_device, rng):
+    case = make_case(rng)
+    found = run_cached(one_device, case, 4, dtype=jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    assert_trees_close(found, run_cached(one_device, case, 4), 3e-2)
+
+
+def test_a_query_of_padding_gives_zero_and_an_empty_cache_nothing(one_device, rng):
+    case = make_case(rng, length=NEW)
+    rows, heads = P(BATCH, None), P(BATCH, None, "tensor", None)
+    padding = np.array([[0, 1, 2, -1, -1], [-1, -1, -1, -1, -1]], np.int32)
+    found = run_on(
+        one_device,
+        functools.partial(cached_attention, window=None, scale=0.3),
+        (case.q, heads),
+        (case.k, heads),
+        (case.v, heads),
+        (padding, rows),
+        (padding, rows),
+    )
+    np.testing.assert_array_equal(np.any(found, axis=(2, 3)), padding >= 0)

@@ -1,0 +1,119 @@
+"""Every committed YAML loads, is short, says what it is for, and holds only what differs from the defaults."""
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lmjax.config import RunConfig, load, load_as, load_model
+from lmjax.config.run import ModelFile
+from lmjax.errors import InputError
+from lmjax.models.counts import parameter_count
+
+ROOT = Path(__file__).parent.parent
+MAX_LINES = 40
+MODELS = sorted((ROOT / "configs" / "models").rglob("*.yaml"))
+EXPERIMENTS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(MODELS))
+
+
+def names(files: list[Path]) -> list[str]:
+    return [str(file.relative_to(ROOT)) for file in files]
+
+
+def opening(text: str) -> list[str]:
+    """The lines of the comment that a file begins with, without their marks."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#"))
+    return lines
+
+
+def missing_from_opening(text: str) -> list[str]:
+    """What the opening comment of an experiment should tell and does not."""
+    comment = opening(text)
+    missing = [word for word in ("Hardware:", "Time:", "Result:") if word not in " ".join(comment)]
+    if not any(re.match(r" {3,}(make|lmjax|launch/\S+) ", line + " ") for line in comment):
+        missing.append("an indented command")
+    return missing
+
+
+def leaves(tree: Any, above: tuple = ()) -> Iterator[tuple]:
+    """The path of every value in nested mappings; a list is one value."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*above, key))
+        else:
+            yield (*above, key)
+
+
+def without(tree: dict, path: tuple) -> dict:
+    tree = copy.deepcopy(tree)
+    holder = tree
+    for key in path[:-1]:
+        holder = holder[key]
+    del holder[path[-1]]
+    return tree
+
+
+def redundant(cls: type, file: Path, scratch: Path) -> list[str]:
+    """The keys that ``file`` sets and that its bases or the defaults would set to the same."""
+    tree = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(tree, dict)
+    whole = load_as(cls, str(file))
+    bases = [tree.get("base", [])] if isinstance(tree.get("base"), str) else tree.get("base", [])
+    found = []
+    for path in leaves({key: value for key, value in tree.items() if key != "base"}):
+        rest = without(tree, path) | {"base": [str(file.parent / base) for base in bases]}
+        OmegaConf.save(OmegaConf.create(rest), scratch)
+        try:
+            same = load_as(cls, str(scratch)) == whole
+        except InputError:
+            continue
+        if same:
+            found.append(".".join(path))
+    return found
+
+
+@pytest.mark.parametrize("file", names(EXPERIMENTS))
+def test_an_experiment_loads_and_says_what_to_expect(file, tmp_path):
+    text = (ROOT / file).read_text()
+    assert load(str(ROOT / file)).run_dir.startswith("runs/")
+    assert missing_from_opening(text) == []
+    assert len(text.splitlines()) <= MAX_LINES
+    assert redundant(RunConfig, ROOT / file, tmp_path / "rest.yaml") == []
+
+
+@pytest.mark.parametrize("file", names(MODELS))
+def test_a_model_loads_and_states_its_parameters_and_its_source(file, tmp_path):
+    text = (ROOT / file).read_text()
+    model = load_model(str(ROOT / file))
+    comment = " ".join(opening(text))
+    assert f"{parameter_count(model):,} parameters" in comment
+    assert re.search(r"arXiv \d{4}\.\d{5}", comment)
+    assert len(text.splitlines()) <= MAX_LINES
+    assert redundant(ModelFile, ROOT / file, tmp_path / "rest.yaml") == []
+
+
+def test_the_files_were_found():
+    assert "configs/quickstart.yaml" in names(EXPERIMENTS)
+    assert "configs/models/llama3_8b.yaml" in names(MODELS)
+
+
+def test_a_poor_opening_and_a_redundant_key_are_noticed(tmp_path):
+    good = "#\n#   lmjax train configs/x.yaml\n#\n# Hardware: a. Time: b.\n# Result: c.\nmodel:"
+    assert missing_from_opening(good) == []
+    assert missing_from_opening(good.replace("   lmjax", " lmjax")) == ["an indented command"]
+    assert missing_from_opening(good.replace("Time", "When")) == ["Time:"]
+    assert missing_from_opening("\n" + good) != []
+    (tmp_path / "base.yaml").write_text("model: {vocab_size: 9, max_length: 9, embed_dim: 8, num_layers: 1}")
+    top = tmp_path / "top.yaml"
+    top.write_text(
+        "base: base.yaml\nmodel: {num_heads: 1, mlp_dim: 8, embed_dim: 8, norm_epsilon: 1e-5, num_layers: 2}"
+    )
+    assert redundant(ModelFile, top, tmp_path / "rest.yaml") == ["model.embed_dim", "model.norm_epsilon"]

@@ -1,0 +1,59 @@
+"""What a run writes: rows that a resumed run does not write twice."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lmjax.train.config import LoggingConfig
+from lmjax.train.metrics import PEAK_FLOPS, Recorder, keep_rows_until, peak_flops
+
+
+def row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 1.0, "tokens_per_second": 10.0, "mfu": None}
+
+
+@pytest.mark.fast
+def test_rows_after_the_step_and_a_cut_last_line_are_dropped(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row(step)) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    keep_rows_until(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    keep_rows_until(tmp_path / "absent.jsonl", 2)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+@pytest.mark.fast
+def test_a_recorder_goes_on_where_the_run_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = LoggingConfig(progress="lines")
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        recorder = Recorder(tmp_path, config, start=start, steps=4, primary=True)
+        for step in steps:
+            recorder.train_row(row(step), last=step == 4)
+        recorder.message(f"said at {start}")
+        recorder.close()
+    written = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == [1, 2, 3, 4]
+    assert "said at 2" in (tmp_path / "log.txt").read_text()
+    assert "step 4  loss 1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.fast
+def test_a_process_that_is_not_the_first_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recorder = Recorder(tmp_path, LoggingConfig(), start=0, steps=4, primary=False)
+    recorder.train_row(row(1), last=True)
+    recorder.sample_rows([{"step": 1}])
+    recorder.message("said")
+    recorder.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.fast
+def test_peak_flops_takes_the_longest_name_that_fits():
+    kinds = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "NVIDIA H200 SXM": 989e12, "cpu": None}
+    for kind, peak in kinds.items():
+        assert peak_flops(SimpleNamespace(device_kind=kind)) == peak  # pyright: ignore[reportArgumentType]
+    assert len(PEAK_FLOPS) == 10
