@@ -101,8 +101,10 @@ def visible(length: int, window: int | None, segment_ids):
     return seen[:, None]
 
 
-def loss(logits, targets, weights):
-    """Mean negative log-likelihood of the weighted targets."""
+def loss(logits, targets, weights=None):
+    """Mean negative log-likelihood of the weighted targets; all of them weigh the same without ``weights``."""
+    if weights is None:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return (nll * weights.flatten()).sum() / weights.sum()
 

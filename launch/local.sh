@@ -45,10 +45,9 @@ exec {messages}>&2 2>/dev/null # bash itself would report every process that a s
 
 failed=0 preempted=0 reaper=
 while ((${#running[@]})); do
-  ended=
   wait -n -p ended "${!running[@]}"
   status=$?
-  [[ -z $ended ]] && continue # a signal came and was passed on
+  [[ -z ${ended-} ]] && continue # a signal came and was passed on
   number=${running[$ended]}
   unset "running[$ended]"
   if ((status == 75)); then

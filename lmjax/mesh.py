@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of ``devices`` (all of them by default) with explicit axes: shardings are part of array types."""
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
@@ -66,7 +67,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 
-def single_device_mesh(device: jax.Device | None = None) -> Mesh:
+def single_device_mesh(device: Any | None = None) -> Mesh:
     """The mesh of one device, with the same axes: nothing has a second code path for it."""
     devices = np.array([device or jax.local_devices()[0]]).reshape((1,) * len(AXES))
     return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))

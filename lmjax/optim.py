@@ -2,7 +2,6 @@
 
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import optax
 
 from lmjax.schema import config_class
@@ -51,20 +50,15 @@ class OptimizerConfig:
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate by the number of finished updates, for a run of ``num_steps``."""
-    # The first update would be lost at a learning rate of 0, so the rise is counted from 1.
+    peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "constant":
-        after = optax.constant_schedule(config.learning_rate)
+        curve = optax.warmup_constant_schedule(0.0, peak, warmup)
     else:
         fraction = 0.1 if config.end_fraction is None else config.end_fraction
-        decay_steps = max(num_steps - config.warmup_steps, 1)
-        after = optax.cosine_decay_schedule(config.learning_rate, decay_steps, alpha=fraction)
-    peak, warmup = config.learning_rate, config.warmup_steps
-
-    def schedule(count):
-        rising = peak * (count + 1) / max(warmup, 1)
-        return jnp.where(count < warmup, rising, after(count - warmup))
-
-    return schedule
+        last = max(num_steps, warmup + 1)
+        curve = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, last, end_value=peak * fraction)
+    # Counted from 1: an update at a learning rate of 0 would be lost, and the last one has the end's rate.
+    return lambda count: curve(count + 1)
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule, decay_mask: Any) -> optax.GradientTransformation:

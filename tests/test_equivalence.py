@@ -21,7 +21,7 @@ def one_device(request):
 def _run(config: DecoderConfig, shape: tuple[int, int, int], seed: int, steps: int = STEPS):
     rng = np.random.default_rng(seed)
     batches = [tiny.packed_batch(rng, config) for _ in range(steps)]
-    state, metrics = tiny.train(config, tiny.mesh_of(*shape), batches, rng)
+    state, metrics = tiny.Trainer(config, tiny.mesh_of(*shape)).train(batches, seed)
     return state, np.array([told.loss for told in metrics]), np.array([told.grad_norm for told in metrics])
 
 

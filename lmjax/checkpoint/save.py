@@ -144,8 +144,8 @@ class Saver:
         return InputError(
             f"{self.directory}: saving checkpoint {step} failed: {why}\n"
             f"Saved checkpoints, untouched: {', '.join(map(str, steps)) or 'none'}. "
-            "Make room or fix the cause, then start the same command again: it removes what is half-written and resumes from "
-            "the newest one."
+            "Make room or fix the cause, then start the same command again: it removes what is half-written "
+            "and resumes from the newest one."
         )
 
 

@@ -38,63 +38,53 @@ def inspect(
 
     Example: lmjax data inspect data/quickstart --sequence-length 512
     """
-    from lmjax.data import inspect as inspection
     from lmjax.data.index import read_index
+    from lmjax.data.inspect import QUANTILES, inspect_dataset
+    from lmjax.data.plans import stored_plans
     from lmjax.errors import InputError
 
     if Path(source).is_dir():
         if overrides:
             raise InputError(f"{overrides[0]}: overrides apply to a config, and {source} is a dataset directory")
-        directory, lengths, packing = source, inspection.planned_sequence_lengths(source), "best_fit"
+        directory, plans = source, stored_plans(source)
     else:
-        from lmjax import config as configs
+        from lmjax.config import load
 
-        data = configs.load(source, overrides or []).data
-        directory, lengths, packing = data.path, [data.sequence_length], data.packing
-    lengths = [sequence_length] if sequence_length else lengths
+        data = load(source, overrides or []).data
+        directory, plans = data.path, [(data.sequence_length, data.packing)]
     index = read_index(directory)
-    splits = inspection.summarize_splits(directory, index)
-    packings = [row for length in lengths for row in inspection.summarize_packing(directory, index, length)]
-    rows = []
-    if samples and lengths:
-        rows = inspection.sample_rows(
-            directory, index, split="train", sequence_length=lengths[0], packing=packing, num_rows=samples
-        )
+    if not plans and sequence_length is None:
+        raise InputError(f"{directory}: no pack plans here that would tell a row's length; give --sequence-length")
+    packing = plans[0][1] if plans else "best_fit"
+    found = inspect_dataset(
+        directory,
+        index,
+        sequence_lengths=sorted({length for length, _ in plans}) if sequence_length is None else [sequence_length],
+        packing=packing,
+        num_samples=samples,
+    )
     if as_json:
         print_json(
             {
                 "directory": directory,
-                "splits": [split._asdict() for split in splits],
-                "packing": [row._asdict() for row in packings],
-                "samples": [[piece._asdict() for piece in row] for row in rows],
+                "splits": [split._asdict() for split in found.splits],
+                "packing": [row._asdict() for row in found.packing],
+                "samples": [[piece._asdict() for piece in row] for row in found.samples],
             }
         )
         return
-    parts = [f"{float(part):.0%}" for part in inspection.QUANTILES]
     print_table(
         f"{directory}: tokens per document, by quantile",
-        ["split", "shards", "documents", "tokens", *parts],
-        [[s.split, s.shards, s.documents, s.tokens, *s.tokens_per_document.values()] for s in splits if s.documents],
+        ["split", "shards", "documents", "tokens", *(f"{part:.0%}" for part in QUANTILES)],
+        [[*split[:4], *split.tokens_per_document.values()] for split in found.splits if split.documents],
     )
     print_table(
-        "packing",
-        ["split", "tokens a row", "packing", "rows", "padding", "padding %", "documents cut", "targets lost"],
-        [
-            [
-                p.split,
-                p.sequence_length,
-                p.packing,
-                p.rows,
-                p.padding,
-                f"{p.padding_fraction:.3%}",
-                p.documents_cut,
-                p.lost_targets,
-            ]
-            for p in packings
-        ],
+        "Packing",
+        ["split", "tokens a row", "packing", "rows", "padding", "of all", "documents cut", "targets lost"],
+        [[*row[:5], f"{row.padding_fraction:.3%}", *row[6:]] for row in found.packing],
     )
-    for number, row in enumerate(rows, start=1):
-        print(f"\nsample row {number} ({packing}, {lengths[0]} tokens a row):")
+    for number, row in enumerate(found.samples, start=1):
+        print(f"\nSample row {number} ({packing}), {sum(piece.length for piece in row)} tokens:")
         for piece in row:
             end = piece.start + piece.length
             print(f"--- document {piece.document}, tokens {piece.start} to {end} of {piece.document_length} ---")

@@ -1,9 +1,9 @@
 """The command ``lmjax``: what there is, and which exit code each kind of end has.
 
 One module a first word, one function a command, named after its last word: ``lmjax train`` is ``lmjax.cli.train.train``
-and ``lmjax data prepare`` is ``lmjax.cli.data.prepare``. A command is a plain function:
+and ``lmjax data prepare`` is ``lmjax.cli.data.prepare`` (but ``list`` is ``list_``). A command is a plain function:
 
-    def train(config: ConfigFile, overrides: Overrides = None, dry_run: Annotated[bool, typer.Option(help="…")] = False):
+    def train(config: ConfigFile, overrides: Overrides = None, dry_run: Annotated[bool, typer.Option()] = False):
         \"\"\"One line that the list of commands shows.
 
         More, if it needs more.
@@ -18,33 +18,39 @@ module turns ``InputError``, ``DivergedError`` and ``PreemptedError`` into a mes
 """
 
 import errno
-import importlib
-import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lmjax.cli import checkpoint, data, evaluate, generate, info, report, tokenizer, train
 from lmjax.errors import DivergedError, InputError, PreemptedError
 
-COMMANDS = {
-    "data": ("prepare", "inspect"),
-    "tokenizer": ("train",),
-    "train": (),
-    "evaluate": (),
-    "generate": (),
-    "checkpoint": ("list", "verify"),
-    "report": (),
-    "info": (),
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.train,
+    "evaluate": evaluate.evaluate,
+    "generate": generate.generate,
+    "report": report.report,
+    "info": info.info,
 }
-GROUP_HELP = {
-    "data": "Turn text into token shards, and look at them.",
-    "tokenizer": "Train a tokenizer.",
-    "checkpoint": "List and verify a run's checkpoints.",
+
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "data": (
+        "Turn text into token shards, and look at them.",
+        {"prepare": data.prepare, "inspect": data.inspect},
+    ),
+    "tokenizer": ("Train a tokenizer.", {"train": tokenizer.train}),
+    "checkpoint": (
+        "List and verify the checkpoints of a run.",
+        {"list": checkpoint.list_, "verify": checkpoint.verify},
+    ),
 }
-"""What an operating system says when the place that the user chose cannot be written."""
+"""First word, what the group is for, and its commands."""
+
 PLACE_ERRORS = {
     errno.EACCES: "choose a place that you may write to",
     errno.EPERM: "choose a place that you may write to",
@@ -55,6 +61,12 @@ PLACE_ERRORS = {
     errno.EDQUOT: "free some of your quota or choose another disk, then run the same command again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another disk, then run the same command again",
 }
+"""What an operating system says when the place that the user chose cannot be written, and what to do."""
+
+
+GOOGLE_PCI_VENDOR = "0x1ae0"
+ABSENT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+"""What keeps libtpu, which is installed for ahead-of-time compiles, from complaining that this machine has no TPU."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ``--debug`` may stand anywhere: the traceback of an error is then printed before its message.
     """
+    if not any(file.read_text().strip() == GOOGLE_PCI_VENDOR for file in Path("/sys/bus/pci/devices").glob("*/vendor")):
+        for name, value in ABSENT_TPU.items():
+            os.environ.setdefault(name, value)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
@@ -80,24 +95,15 @@ def build() -> typer.Typer:
     settings: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
     app = typer.Typer(help="Train language models with JAX on TPU pods and GPUs.", **settings)
     app.callback()(_root)
-    for word, names in COMMANDS.items():
-        if importlib.util.find_spec(f"lmjax.cli.{word}") is None:
-            continue
-        module = importlib.import_module(f"lmjax.cli.{word}")
-        if not names:
-            app.command(word)(getattr(module, word))
-            continue
-        group = typer.Typer(help=GROUP_HELP[word], **settings)
+    for name, command in COMMANDS.items():
+        app.command(name)(command)
+    for word, (purpose, commands) in GROUPS.items():
+        group = typer.Typer(help=purpose, **settings)
         group.callback()(_group)
-        for name in names:
-            group.command(name)(command_function(module, name))
+        for name, command in commands.items():
+            group.command(name)(command)
         app.add_typer(group, name=word)
     return app
-
-
-def command_function(module: Any, name: str) -> Callable[..., None]:
-    """The function behind a command; ``list`` is ``list_`` in Python, which has the plain name for itself."""
-    return getattr(module, f"{name}_" if name == "list" else name)
 
 
 def _root(debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def writing(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write to; what is there at the end becomes ``path`` in one step, or nothing does."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    # A name of its own: a worker that outlives a killed command may still be writing the same file.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with writing(path):
         try:
             yield unfinished

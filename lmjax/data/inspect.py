@@ -1,14 +1,14 @@
 """What is in a dataset: counts, lengths, what each way of packing costs, and rows as text."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from lmjax.data.index import Index
-from lmjax.data.plans import PACKERS, build_plan
-from lmjax.data.shards import read_documents
-from lmjax.data.tokenizer import load_tokenizer
+from lmjax.data.plans import PACKERS, Plan, build_plan
+from lmjax.data.shards import Documents, read_documents
+from lmjax.data.tokenizer import Tokenizer, load_tokenizer
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -29,8 +29,8 @@ class PackingSummary(NamedTuple):
     """What one way of packing makes of a split."""
 
     split: str
-    packing: str
     sequence_length: int
+    packing: str
     rows: int
     padding: int
     """Positions without a token."""
@@ -52,62 +52,70 @@ class SamplePiece(NamedTuple):
     document_length: int
     """Tokens of the whole document."""
     text: str
+    """Special tokens have none."""
 
 
-def summarize_splits(directory: str, index: Index) -> list[SplitSummary]:
-    """One entry a split, in the order of the index."""
+class Inspection(NamedTuple):
+    """All that is shown of a dataset."""
+
+    splits: list[SplitSummary]
+    packing: list[PackingSummary]
+    """Every way of packing beside the others, for each sequence length and split."""
+    samples: list[list[SamplePiece]]
+    """Rows spread evenly over the training split's plan of the first sequence length, each as its pieces in order."""
+
+
+def inspect_dataset(
+    directory: str, index: Index, *, sequence_lengths: Sequence[int], packing: str, num_samples: int
+) -> Inspection:
+    """Read each split once, and write nothing. ``packing`` is that of the samples."""
+    documents = {
+        split: read_documents(directory, index, split) for split in dict.fromkeys(shard.split for shard in index.shards)
+    }
     summaries = []
-    for split in dict.fromkeys(shard.split for shard in index.shards):
-        lengths = read_documents(directory, index, split).lengths
-        quantiles = np.quantile(lengths, QUANTILES, method="inverted_cdf") if len(lengths) else []
-        summaries.append(
-            SplitSummary(
-                split=split,
-                shards=sum(shard.split == split for shard in index.shards),
-                documents=len(lengths),
-                tokens=int(np.sum(lengths, dtype=np.int64)),
-                tokens_per_document={
-                    str(part): int(length) for part, length in zip(QUANTILES, quantiles, strict=False)
-                },
-            )
-        )
-    return summaries
-
-
-def summarize_packing(directory: str, index: Index, sequence_length: int) -> list[PackingSummary]:
-    """Every way of packing beside the others, for each split; nothing is written."""
-    summaries = []
-    for split in dict.fromkeys(shard.split for shard in index.shards):
-        for packing in PACKERS:
-            plan = build_plan(directory, index, split=split, sequence_length=sequence_length, packing=packing)
-            positions = plan.num_rows * sequence_length
-            summaries.append(
-                PackingSummary(
-                    split=split,
-                    packing=packing,
-                    sequence_length=sequence_length,
-                    rows=plan.num_rows,
-                    padding=plan.padding,
-                    padding_fraction=plan.padding / positions if positions else 0.0,
-                    documents_cut=plan.documents_cut,
-                    lost_targets=plan.lost_targets,
+    samples = []
+    for sequence_length in sequence_lengths:
+        for split in documents:
+            for method in PACKERS:
+                plan = build_plan(
+                    index, documents[split].lengths, split=split, sequence_length=sequence_length, packing=method
                 )
-            )
-    return summaries
+                summaries.append(_packing_summary(plan))
+                if num_samples and (sequence_length, split, method) == (sequence_lengths[0], "train", packing):
+                    samples = _sample_rows(documents[split], plan, load_tokenizer(directory), num_samples)
+    return Inspection([_split_summary(index, split, documents[split]) for split in documents], summaries, samples)
 
 
-def sample_rows(
-    directory: str, index: Index, *, split: str, sequence_length: int, packing: str, num_rows: int
-) -> list[list[SamplePiece]]:
-    """Rows spread evenly over a plan, each as its pieces in order, decoded without BOS and EOS."""
-    plan = build_plan(directory, index, split=split, sequence_length=sequence_length, packing=packing)
-    tokenizer = load_tokenizer(directory)
-    documents = read_documents(directory, index, split)
-    special = {tokenizer.bos_id, tokenizer.eos_id}
+def _split_summary(index: Index, split: str, documents: Documents) -> SplitSummary:
+    lengths = documents.lengths
+    quantiles = np.quantile(lengths, QUANTILES, method="inverted_cdf").tolist() if len(lengths) else []
+    return SplitSummary(
+        split=split,
+        shards=sum(shard.split == split for shard in index.shards),
+        documents=len(lengths),
+        tokens=int(lengths.sum()),
+        tokens_per_document={str(part): length for part, length in zip(QUANTILES, quantiles, strict=False)},
+    )
+
+
+def _packing_summary(plan: Plan) -> PackingSummary:
+    positions = plan.num_rows * plan.sequence_length
+    return PackingSummary(
+        split=plan.split,
+        sequence_length=plan.sequence_length,
+        packing=plan.packing,
+        rows=plan.num_rows,
+        padding=plan.padding,
+        padding_fraction=plan.padding / positions if positions else 0.0,
+        documents_cut=plan.documents_cut,
+        lost_targets=plan.lost_targets,
+    )
+
+
+def _sample_rows(documents: Documents, plan: Plan, tokenizer: Tokenizer, num_rows: int) -> list[list[SamplePiece]]:
     samples = []
     for row in np.unique(np.linspace(0, plan.num_rows - 1, min(num_rows, plan.num_rows)).astype(np.int64)):
         pieces = plan.layout.pieces[plan.layout.row_starts[row] : plan.layout.row_starts[row + 1]]
-        tokens = documents.read(pieces["document"])
         samples.append(
             [
                 SamplePiece(
@@ -115,14 +123,11 @@ def sample_rows(
                     start=start,
                     length=length,
                     document_length=len(whole),
-                    text=tokenizer.decode([t for t in whole[start : start + length].tolist() if t not in special]),
+                    text=tokenizer.decode(whole[start : start + length].tolist()),
                 )
-                for (document, start, length), whole in zip(pieces.tolist(), tokens, strict=True)
+                for (document, start, length), whole in zip(
+                    pieces.tolist(), documents.read(pieces["document"]), strict=True
+                )
             ]
         )
     return samples
-
-
-def planned_sequence_lengths(directory: str) -> list[int]:
-    """Sequence lengths for which the dataset directory holds pack plans, ascending."""
-    return sorted({int(file.stem.rpartition("-")[2]) for file in Path(directory).glob("plan-*.json")})

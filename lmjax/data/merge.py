@@ -1,110 +1,129 @@
-"""From made parts to shards: duplicates dropped, documents split, in one process and in the corpus's order."""
+"""From parts to shards: of equal documents the first stays, the others are left out, and what stays is written."""
 
-import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmjax.data.config import DataConfig
-from lmjax.data.files import sha256_of
+from lmjax.data.files import write_bytes
 from lmjax.data.index import ShardEntry
-from lmjax.data.parts import load_digests, load_part
-from lmjax.data.shards import shard_name, write_shard
-
-SPLITS = ("train", "validation")
+from lmjax.data.parts import SPLITS, PartJob, read_split, read_tokens
+from lmjax.data.shards import shard_file, write_shard
 
 
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """What became of the parts."""
+class Take(NamedTuple):
+    """Documents of one part that go to one shard."""
 
-    shards: tuple[ShardEntry, ...]
-    token_counts: list[int]
-    num_duplicates: int
-    num_empty: int
-    skipped_files: list[str]
-
-
-def split_of(digests: np.ndarray, validation_fraction: float) -> np.ndarray:
-    """Index into SPLITS of each document: by its text's digest, so that it stays where it is when text is added."""
-    place = np.ascontiguousarray(digests[:, :8]).view("<u8")[:, 0] / 2.0**64
-    return (place < validation_fraction).astype(np.int8)
+    path: str
+    """The part's file."""
+    key: str
+    """The part's key."""
+    numbers: np.ndarray
+    """int64: which of the documents of the part's split, ascending."""
 
 
-def merge(parts: Sequence[Path], directory: Path, config: DataConfig, vocab_size: int) -> Merged:
-    """Write the shards of both splits into ``directory``. Memory: a digest a document, and one part."""
-    kept, num_duplicates = _first_of_each(parts)
-    num_empty, skipped = 0, []
-    counts = np.zeros(vocab_size, np.int64)
-    entries: list[ShardEntry] = []
-    for split_index, split in enumerate(SPLITS):
+class ShardJob(NamedTuple):
+    """A shard to be written."""
 
-        def documents(split_index: int = split_index) -> Iterator[np.ndarray]:
-            nonlocal num_empty
-            for path, keep in zip(parts, kept, strict=True):
-                part = load_part(path)
-                wanted = keep & (split_of(part.digests, config.validation_fraction) == split_index)
-                if split_index == 0:
-                    num_empty += part.num_empty
-                    skipped.extend(part.skipped)
-                    counts[:] += _target_counts(part.tokens, part.lengths, wanted, vocab_size)
-                for document, take in zip(part.documents(), wanted.tolist(), strict=True):
-                    if take:
-                        yield document
+    directory: str
+    file: str
+    split: str
+    takes: tuple[Take, ...]
+    dtype: str
+    vocab_size: int
 
-        entries += _write_shards(documents(), split, directory, config.shard_tokens)
-    return Merged(tuple(entries), counts.tolist(), num_duplicates, num_empty, skipped)
+    @property
+    def key(self) -> str:
+        """Digest of all that the shard's bytes depend on."""
+        digest = hashlib.sha256(f"{self.file} {self.dtype} {self.vocab_size}".encode())
+        for take in self.takes:
+            digest.update(take.key.encode() + take.numbers.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
-def _first_of_each(parts: Sequence[Path]) -> tuple[list[np.ndarray], int]:
-    """For each part, which documents no earlier one equals; and how many do."""
-    seen: set[bytes] = set()
-    kept, num_duplicates = [], 0
-    for path in parts:
-        digests = load_digests(path)
-        keep = np.zeros(len(digests), bool)
-        for number, digest in enumerate(map(bytes, digests)):
-            keep[number] = digest not in seen
+class MadeShard(NamedTuple):
+    """What was written."""
+
+    entry: ShardEntry
+    token_counts: np.ndarray
+    """int64 [vocab_size]: how often each token is a target, in all places of a document but the first."""
+
+
+class Selection(NamedTuple):
+    """What becomes of the parts' documents."""
+
+    jobs: list[ShardJob]
+    duplicates: int
+    """Documents that are left out."""
+
+
+def select(parts: Sequence[PartJob], *, directory: Path, shard_bytes: int, dtype: str, vocab_size: int) -> Selection:
+    """Share out all documents but duplicates, in the order of the parts, over shards of about ``shard_bytes``.
+
+    Memory: the digest and the number of every document.
+    """
+    shard_tokens = max(shard_bytes // np.dtype(dtype).itemsize, 1)
+    jobs = []
+    duplicates = 0
+    for split in SPLITS:
+        shards: dict[int, list[Take]] = {}
+        seen: set[bytes] = set()
+        tokens_before = 0
+        for part in parts:
+            digests, lengths = read_split(part.path, split)
+            kept = np.fromiter(_first_seen(digests, seen), np.int64)
+            duplicates += len(lengths) - len(kept)
+            starts = tokens_before + np.cumsum(lengths[kept]) - lengths[kept]
+            tokens_before += int(lengths[kept].sum())
+            for shard in np.unique(starts // shard_tokens).tolist():
+                numbers = kept[starts // shard_tokens == shard]
+                shards.setdefault(shard, []).append(Take(part.path, part.key, numbers))
+        for number, takes in enumerate(shards.values()):
+            file = shard_file(split, number, len(shards))
+            jobs.append(ShardJob(str(directory), file, split, tuple(takes), dtype, vocab_size))
+    return Selection(jobs, duplicates)
+
+
+def make_shard(job: ShardJob) -> MadeShard:
+    """Write a shard, and beside it a record of what is in it; do nothing where that record is there."""
+    record = Path(job.directory) / f"{job.file}.json"
+    if record.exists():
+        content = json.loads(record.read_bytes())
+        if content["key"] == job.key:
+            return MadeShard(ShardEntry(**content["entry"]), np.array(content["token_counts"], np.int64))
+    counts = np.zeros(job.vocab_size, np.int64)
+    sums = write_shard(Path(job.directory) / job.file, _documents(job, counts), job.dtype)
+    entry: dict[str, Any] = {"file": job.file, "split": job.split, **sums._asdict()}
+    content = {"key": job.key, "entry": entry, "token_counts": counts.tolist()}
+    write_bytes(record, json.dumps(content).encode())
+    return MadeShard(ShardEntry(**entry), counts)
+
+
+def _first_seen(digests: np.ndarray, seen: set[bytes]) -> Iterator[int]:
+    """Numbers of the documents that no earlier one equals."""
+    content = digests.tobytes()
+    size = digests.shape[1]
+    for number in range(len(digests)):
+        digest = content[number * size : (number + 1) * size]
+        if digest not in seen:
             seen.add(digest)
-        num_duplicates += int(np.count_nonzero(~keep))
-        kept.append(keep)
-    return kept, num_duplicates
+            yield number
 
 
-def _target_counts(tokens: np.ndarray, lengths: np.ndarray, wanted: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token is a target in the wanted documents: everywhere but at their first place."""
-    is_target = np.repeat(wanted, lengths)
-    is_target[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
-    return np.bincount(tokens[is_target], minlength=vocab_size)
-
-
-class _Shard:
-    """Documents from ``source`` until there are ``limit`` tokens or none is left, counted as they are written."""
-
-    def __init__(self, source: Iterator[np.ndarray], first: np.ndarray, limit: int):
-        self.num_documents = self.num_tokens = 0
-        self._source, self._first, self._limit = source, first, limit
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        document: np.ndarray | None = self._first
-        while document is not None:
-            self.num_documents += 1
-            self.num_tokens += len(document)
-            yield document
-            document = next(self._source, None) if self.num_tokens < self._limit else None
-
-
-def _write_shards(documents: Iterator[np.ndarray], split: str, directory: Path, limit: int) -> list[ShardEntry]:
-    written: list[tuple[Path, _Shard]] = []
-    while (first := next(documents, None)) is not None:
-        path = directory / f".{split}-{len(written):05d}.partial"
-        shard = _Shard(documents, first, limit)
-        write_shard(path, shard)
-        written.append((path, shard))
-    entries = []
-    for number, (path, shard) in enumerate(written):
-        final = directory / shard_name(split, number, len(written))
-        path.replace(final)
-        entries.append(ShardEntry(final.name, split, shard.num_documents, shard.num_tokens, sha256_of(final)))
-    return entries
+def _documents(job: ShardJob, counts: np.ndarray) -> Iterator[np.ndarray]:
+    """The documents of a shard; ``counts`` is raised by their targets, a part at a time."""
+    for take in job.takes:
+        tokens = read_tokens(take.path, job.split)
+        lengths = read_split(take.path, job.split).lengths
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        kept = np.zeros(len(lengths), bool)
+        kept[take.numbers] = True
+        is_target = np.repeat(kept, lengths)
+        is_target[starts[kept]] = False
+        counts += np.bincount(tokens[is_target], minlength=job.vocab_size)
+        for start, end in zip(starts[take.numbers].tolist(), ends[take.numbers].tolist(), strict=True):
+            yield tokens[start:end]

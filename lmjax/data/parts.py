@@ -1,98 +1,219 @@
-"""The part of the preparation that runs in many processes: from a part of the corpus to its documents' tokens."""
+"""The work of one process: from a part of the sources to a file with its documents' digests and tokens."""
 
-import dataclasses
 import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from lmjax.data.clean import clean
-from lmjax.data.config import DataConfig
-from lmjax.data.files import replace
-from lmjax.data.shards import token_dtype
-from lmjax.data.sources import Part, Reading, read_part
-from lmjax.data.tokenizer import Bytes, Tokenizer, read_sentencepiece
+from lmjax.data.files import replacing
+from lmjax.data.index import SkippedInput
+from lmjax.data.sources import InputFile, Piece, cut, read_texts
+from lmjax.data.tokenizer import Tokenizer, load_tokenizer
 
+SPLITS = ("train", "validation")
 DIGEST_BYTES = 16
-TEXTS_AT_ONCE = 64
-"""Documents that are tokenized in one call."""
+BATCH_CHARACTERS = 2**20
+"""Text that is tokenized in one call: its tokens are Python integers for a moment, of 36 bytes each."""
+MIN_PART_BYTES, MAX_PART_BYTES = 2**19, 2**25
+PARTS = 256
+"""Into about so many parts sources are cut, within the bounds on a part's bytes."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PartJob:
-    """What a process needs to make one part."""
+class Recipe(NamedTuple):
+    """What a document's tokens, and the split that it falls in, depend on besides its text."""
 
-    part: Part
-    config: DataConfig
-    tokenizer_file: str | None
-    """A SentencePiece model; None for bytes."""
-    output: str
+    normalize: Literal["NFC", "NFKC"] | None
+    ftfy: bool
+    validation_fraction: float
+    tokenizer: str
+    """Its file."""
+    fingerprint: str
+    """Of the tokenizer."""
+    dtype: Literal["uint16", "uint32"]
+    """Of tokens."""
 
 
-@dataclasses.dataclass(frozen=True)
-class MadePart:
-    """The documents of a part, in order."""
+class PartJob(NamedTuple):
+    """Some pieces of the sources that one process works on."""
+
+    pieces: tuple[Piece, ...]
+    recipe: Recipe
+    key: str
+    """Digest of all that the result depends on; files count by name, size and time."""
+    path: str
+    """Where the result goes."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+class PartSums(NamedTuple):
+    """What is in a finished part."""
+
+    documents: int
+    tokens: int
+    empty: int
+    """Documents with nothing but whitespace."""
+    skipped: tuple[SkippedInput, ...]
+
+
+class SplitOfPart(NamedTuple):
+    """The documents of a part that fall in one split, in their order."""
 
     digests: np.ndarray
-    """uint8 (documents, 16): BLAKE2b of the cleaned text."""
+    """uint8 [documents, 16]: BLAKE2b of the cleaned text."""
     lengths: np.ndarray
-    """int64 (documents,): tokens, BOS and EOS included."""
-    tokens: np.ndarray
-    """All of them, one document after the other."""
-    num_empty: int
-    """Documents without any text, which are not among these."""
-    skipped: list[str]
-    """Files that are not text."""
-
-    def documents(self) -> Iterator[np.ndarray]:
-        """The tokens of each document."""
-        ends = np.cumsum(self.lengths)
-        for start, end in zip((ends - self.lengths).tolist(), ends.tolist(), strict=True):
-            yield self.tokens[start:end]
+    """int64 [documents]: tokens, with BOS and EOS."""
 
 
-def make_part(job: PartJob) -> None:
-    """Read, clean, digest and tokenize a part, and write it whole to ``job.output``."""
-    tokenizer = _tokenizer(job.tokenizer_file)
-    dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
-    reading = Reading()
-    digests: list[bytes] = []
-    tokens: list[np.ndarray] = []
-    num_empty = 0
-    repair = job.config.repair_prose and job.part.repairable
-    texts = (clean(text, unicode_form=job.config.unicode_form, repair=repair) for text in read_part(job.part, reading))
-    while batch := list(itertools.islice(texts, TEXTS_AT_ONCE)):
-        kept = [text for text in batch if text.strip()]
-        num_empty += len(batch) - len(kept)
-        digests += [hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest() for text in kept]
-        before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        tokens += [np.array(before + ids + after, dtype) for ids in tokenizer.encode_batch(kept)]
-    arrays = {
-        "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES),
-        "lengths": np.array([len(document) for document in tokens], np.int64),
-        "tokens": np.concatenate(tokens) if tokens else np.zeros(0, dtype),
-        "notes": np.frombuffer(json.dumps([num_empty, reading.skipped]).encode(), np.uint8),
-    }
-    replace(Path(job.output), lambda file: np.savez(file, **arrays))
+def part_jobs(files: Sequence[InputFile], recipe: Recipe, directory: Path) -> list[PartJob]:
+    """All the work, in the order of the sources, the same however many processes do it."""
+    size = min(max(sum(file.size for file in files) // PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+    jobs = []
+    pieces: list[Piece] = []
+    filled = 0
+    for piece in cut(files, size):
+        if pieces and filled + piece.stop - piece.start > size:
+            jobs.append(_job(pieces, recipe, directory))
+            pieces, filled = [], 0
+        pieces.append(piece)
+        filled += piece.stop - piece.start
+    if pieces:
+        jobs.append(_job(pieces, recipe, directory))
+    return jobs
 
 
-def load_part(path: Path) -> MadePart:
-    with np.load(path) as arrays:
-        num_empty, skipped = json.loads(arrays["notes"].tobytes())
-        return MadePart(arrays["digests"], arrays["lengths"], arrays["tokens"], num_empty, skipped)
+def _job(pieces: list[Piece], recipe: Recipe, directory: Path) -> PartJob:
+    known = [(piece.file._replace(path=""), piece.start, piece.stop) for piece in pieces]
+    key = hashlib.sha256(json.dumps([recipe._replace(tokenizer=""), known]).encode()).hexdigest()
+    return PartJob(tuple(pieces), recipe, key, str(directory / f"{key}.npz"))
 
 
-def load_digests(path: Path) -> np.ndarray:
-    """The digests alone: what the search for duplicates reads."""
-    with np.load(path) as arrays:
-        return arrays["digests"]
+def make_part(job: PartJob) -> PartSums:
+    """Read, clean, split and tokenize the pieces of a job; the part's file is written whole or not at all."""
+    recipe = job.recipe
+    tokenizer = _tokenizer(recipe.tokenizer, recipe.fingerprint)
+    texts = _Texts(job)
+    digests = {split: [] for split in SPLITS}
+    lengths = {split: [] for split in SPLITS}
+    tokens = {split: [] for split in SPLITS}
+    for batch in _batches(texts):
+        for split, batch_digests, batch_texts in _by_split(batch, recipe.validation_fraction):
+            flat, batch_lengths = encode_documents(tokenizer, batch_texts, recipe.dtype)
+            digests[split] += batch_digests
+            lengths[split] += batch_lengths
+            tokens[split].append(flat)
+    arrays = {}
+    for split in SPLITS:
+        arrays[f"{split}_digests"] = np.frombuffer(b"".join(digests[split]), np.uint8).reshape(-1, DIGEST_BYTES)
+        arrays[f"{split}_lengths"] = np.array(lengths[split], np.int64)
+        arrays[f"{split}_tokens"] = np.concatenate([np.empty(0, recipe.dtype), *tokens[split]])
+    sums = PartSums(
+        documents=sum(map(len, lengths.values())),
+        tokens=sum(map(sum, lengths.values())),
+        empty=texts.empty,
+        skipped=tuple(texts.skipped),
+    )
+    notes = {**sums._asdict(), "skipped": [(found.name, found.reason) for found in sums.skipped]}
+    with replacing(Path(job.path)) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8), **arrays)
+    return sums
+
+
+def read_sums(path: str) -> PartSums:
+    """What is in the part that is stored there."""
+    with np.load(path) as part:
+        notes = json.loads(part["notes"].tobytes())
+    skipped = tuple(SkippedInput(name=name, reason=reason) for name, reason in notes.pop("skipped"))
+    return PartSums(**notes, skipped=skipped)
+
+
+def read_split(path: str, split: str) -> SplitOfPart:
+    """Digests and lengths of a split's documents; the tokens are left where they are."""
+    with np.load(path) as part:
+        return SplitOfPart(part[f"{split}_digests"], part[f"{split}_lengths"])
+
+
+def read_tokens(path: str, split: str) -> np.ndarray:
+    """Tokens of a split's documents, one after the other."""
+    with np.load(path) as part:
+        return part[f"{split}_tokens"]
+
+
+def digest_of(text: str) -> bytes:
+    """The 16 bytes by which documents are told apart."""
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def split_of(digest: bytes, validation_fraction: float) -> str:
+    """The split of a document: it depends on its text alone, so that it stays when documents are added."""
+    place = int.from_bytes(digest[:8], "big") / 2.0**64
+    return SPLITS[place < validation_fraction]
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], dtype: str) -> tuple[np.ndarray, list[int]]:
+    """Tokens of all texts, one after the other, each with BOS before and EOS after it; and how many each has."""
+    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    after = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    encoded = tokenizer.encode_batch(texts)
+    flat = itertools.chain.from_iterable(part for tokens in encoded for part in (before, tokens, after))
+    lengths = [len(before) + len(tokens) + len(after) for tokens in encoded]
+    return np.fromiter(flat, dtype, count=sum(lengths)), lengths
+
+
+class _Texts:
+    """The cleaned texts of a job; what is not among them is counted."""
+
+    def __init__(self, job: PartJob):
+        self.empty = 0
+        self.skipped: list[SkippedInput] = []
+        self._job = job
+
+    def __iter__(self) -> Iterator[str]:
+        recipe = self._job.recipe
+        for piece in self._job.pieces:
+            repair = recipe.ftfy and piece.file.content == "prose"
+            for found in read_texts(piece):
+                if isinstance(found, SkippedInput):
+                    self.skipped.append(found)
+                    continue
+                text = clean(found, normalize=recipe.normalize, repair=repair)
+                if text.isspace() or not text:
+                    self.empty += 1
+                else:
+                    yield text
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _by_split(texts: list[str], validation_fraction: float) -> Iterator[tuple[str, list[bytes], list[str]]]:
+    digests = [digest_of(text) for text in texts]
+    splits = [split_of(digest, validation_fraction) for digest in digests]
+    for split in SPLITS:
+        here = [number for number, found in enumerate(splits) if found == split]
+        yield split, [digests[number] for number in here], [texts[number] for number in here]
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(file: str | None) -> Tokenizer:
-    return Bytes() if file is None else read_sentencepiece(Path(file))
+def _tokenizer(file: str, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.fingerprint == fingerprint
+    return tokenizer

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,13 +43,13 @@ class Plan:
         return self.layout.num_rows
 
 
-def build_plan(directory: str, index: Index, *, split: str, sequence_length: int, packing: str) -> Plan:
-    """Pack a split without touching the disk: a pure function of the dataset and the options."""
+def build_plan(index: Index, lengths: np.ndarray, *, split: str, sequence_length: int, packing: str) -> Plan:
+    """Pack the documents of a split, whose tokens ``lengths`` counts, without writing anything."""
     if packing not in PACKERS:
         raise InputError(f"packing: found {packing!r}; allowed are {', '.join(PACKERS)}")
     if sequence_length < 2:
         raise InputError(f"sequence_length: found {sequence_length}; a row needs at least 2 positions to have a target")
-    layout = PACKERS[packing](read_documents(directory, index, split).lengths, sequence_length)
+    layout = PACKERS[packing](lengths, sequence_length)
     return Plan(
         dataset=fingerprint(index),
         split=split,
@@ -59,6 +60,12 @@ def build_plan(directory: str, index: Index, *, split: str, sequence_length: int
         documents_cut=layout.documents_cut,
         lost_targets=layout.lost_targets,
     )
+
+
+def stored_plans(directory: str) -> list[tuple[int, str]]:
+    """Sequence length and packing of the training split's plans that are in a dataset directory, ascending."""
+    names = (re.fullmatch(r"plan-train-(.+)-(\d+)\.json", file.name) for file in Path(directory).iterdir())
+    return sorted((int(name[2]), name[1]) for name in names if name)
 
 
 def _say(message: str) -> None:
@@ -82,7 +89,8 @@ def ensure_plan(
     sidecar, pieces, row_starts = _files(directory, split, sequence_length, packing)
     if not all(file.exists() for file in (sidecar, pieces, row_starts)):
         announce(f"building the pack plan {sidecar} (split {split}, {packing}, rows of {sequence_length} tokens)")
-        plan = build_plan(directory, index, split=split, sequence_length=sequence_length, packing=packing)
+        lengths = read_documents(directory, index, split).lengths
+        plan = build_plan(index, lengths, split=split, sequence_length=sequence_length, packing=packing)
         _write(plan, sidecar, pieces, row_starts)
     return _read(fingerprint(index), split, sequence_length, packing, sidecar, pieces, row_starts)
 

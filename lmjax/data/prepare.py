@@ -1,68 +1,97 @@
-"""From a config to a dataset on disk: ``lmjax data prepare``.
+"""From a config to a dataset directory: ``lmjax data prepare``.
 
-The work is done in parts that are each written whole, under ``.preparing`` in the dataset's directory. A preparation that
-was killed goes on with the parts that are there, and ends with the same bytes.
+All is made under ``.unfinished`` in that directory, file by file, each whole or not there: a command that was killed
+finds what it had made, and ends with the same bytes. What is finished moves out, ``index.json`` last.
 """
 
-import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
 import json
-import multiprocessing
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pydantic
 
 from lmjax.data.config import DataConfig
-from lmjax.data.files import write_whole
-from lmjax.data.index import NAME, Index, read_index, write_index
-from lmjax.data.merge import SPLITS, merge
-from lmjax.data.parts import PartJob, make_part
+from lmjax.data.files import write_bytes, writing
+from lmjax.data.index import INDEX_FILE, Index, TokenizerEntry, read_index, write_index
+from lmjax.data.merge import make_shard, select
+from lmjax.data.parts import PartJob, PartSums, Recipe, make_part, part_jobs, read_sums
 from lmjax.data.plans import ensure_plan
-from lmjax.data.sample import train_tokenizer
+from lmjax.data.sample import sample_texts, train_model
 from lmjax.data.shards import token_dtype
-from lmjax.data.sources import find_parts, listing
+from lmjax.data.sources import InputFile, list_files
 from lmjax.data.tokenizer import (
-    SentencePieceTraining,
+    BytesTokenizer,
+    ByteTokenizer,
+    SentencePieceFile,
+    SentencePieceTokenizer,
+    SentencePieceTrained,
     Tokenizer,
     TokenizerConfig,
-    describe_tokenizer,
-    open_tokenizer,
-    read_sentencepiece,
+    load_tokenizer,
 )
+from lmjax.data.workers import Workers
 from lmjax.errors import InputError
 
-WORK = ".preparing"
-NOT_OPTIONS = ("path", "num_workers", "sequence_length", "packing")
-"""What the documents and shards do not depend on; each length and packing has a plan of its own."""
+UNFINISHED = ".unfinished"
+MAX_NAMED = 100
+"""How many skipped inputs the index names; it counts all of them."""
+NOT_OF_THE_DATASET = ("path", "num_workers", "sequence_length", "packing")
+"""Fields of the config that the shards do not depend on."""
 
-Progress = Callable[[int, int], None]
-"""Told after each part: how many are made, of how many."""
+
+class Progress(NamedTuple):
+    """How far a preparation is."""
+
+    stage: str
+    """``train tokenizer``, ``tokenize`` or ``write shards``."""
+    done: int
+    """Bytes of the sources, or shards."""
+    total: int
+    documents: int
+    """Before duplicates are left out."""
+    tokens: int
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress | None = None, announce: Callable[[str], None] = print
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    progress: Callable[[Progress], None] | None = None,
+    announce: Callable[[str], None] = _say,
 ) -> Index:
-    """Make the dataset, go on with one that was being made, or say that it is there.
+    """Make the dataset, go on making it, or announce that it is there; then its pack plans.
 
-    Raises InputError for a directory that holds another dataset or something else, an empty corpus, and a disk that
-    cannot take it; what was there before stays as it is.
+    Raises InputError where there is no text, where the directory holds something else or a dataset that was prepared
+    with other options, and where it cannot be written.
     """
     directory = Path(data.path)
-    options = prepared_options(data, tokenizer)
-    files = listing(data)
-    if (directory / NAME).exists():
-        index = read_index(data.path)
-        check_options(data.path, index, options | {"corpus": _digest(files)})
-        announce(f"{directory}: already prepared")
+    report = progress or (lambda _: None)
+    options = options_of(data, tokenizer)
+    if (directory / INDEX_FILE).is_file():
+        index = _find_prepared(directory, options, data, announce)
     else:
-        work = _open_work(directory, {"options": options, "files": files})
-        index = _make(data, tokenizer, directory, work, options | {"corpus": _digest(files)}, progress)
-        shutil.rmtree(work)
-    for split in sorted({shard.split for shard in index.shards}):
+        files = list_files(data.sources)
+        with _unfinished(directory) as work, Workers(data.num_workers) as workers:
+            if (work / INDEX_FILE).is_file():
+                index = read_index(work)
+                _compare(directory, index.options, options)
+            else:
+                index = _make(files, data, tokenizer, options, work, workers, report, announce)
+            _publish(index, work, directory)
+    shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+    for split in dict.fromkeys(shard.split for shard in index.shards):
         ensure_plan(
-            data.path,
+            str(directory),
             index,
             split=split,
             sequence_length=data.sequence_length,
@@ -72,123 +101,217 @@ def prepare(
     return index
 
 
-def prepared_options(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
-    """Everything that the documents and their tokens depend on, but the text itself."""
-    tree = pydantic.TypeAdapter(DataConfig).dump_python(data, mode="json")
-    kept = {f"data.{key}": value for key, value in tree.items() if key not in NOT_OPTIONS}
-    return kept | {"tokenizer": pydantic.TypeAdapter(TokenizerConfig).dump_python(tokenizer, mode="json")}
+def options_of(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
+    """What the shards depend on besides the sources' content, by the keys of the config."""
+    section = pydantic.TypeAdapter(DataConfig).dump_python(data, mode="json")
+    options = {f"data.{key}": value for key, value in section.items() if key not in NOT_OF_THE_DATASET}
+    for key, value in pydantic.TypeAdapter(TokenizerConfig).dump_python(tokenizer, mode="json").items():
+        options[f"tokenizer.{key}"] = value
+    if isinstance(tokenizer, SentencePieceFile):
+        options["tokenizer.path"] = f"SHA-256 {load_tokenizer(tokenizer.path).fingerprint}"
+    return options
 
 
-def check_options(directory: str, index: Index, options: dict[str, Any]) -> None:
-    """Raises InputError where a dataset was prepared with other options than these."""
-    differing = [key for key, value in options.items() if index.options.get(key) != value]
-    if not differing:
-        return
-    lines = [f"  {key}: it was made with {index.options.get(key)!r}, the config has {options[key]!r}" for key in differing]
-    raise InputError(
-        f"{directory}: a dataset is there that was prepared otherwise:\n" + "\n".join(lines) + "\n"
-        "Give these their former values, choose another data.path, or remove the directory to prepare it again."
-    )
+def check_options(directory: str | Path, index: Index, data: DataConfig, tokenizer: TokenizerConfig) -> None:
+    """Raises InputError that says what differs where a dataset was prepared with other options or another tokenizer."""
+    _compare(Path(directory), index.options, options_of(data, tokenizer))
 
 
-def _open_work(directory: Path, identity: dict[str, Any]) -> Path:
-    """The directory of the parts, emptied if those in it are of other options or another corpus."""
-    if directory.is_dir() and any(path.name != WORK and not _is_ours(path) for path in directory.iterdir()):
-        raise InputError(
-            f"{directory}: the directory is not empty and has no {NAME}, so it is not a dataset. "
-            "Choose another data.path, or empty this one."
-        )
-    work = directory / WORK
-    text = json.dumps(identity).encode()
-    recorded = work / "identity.json"
-    if not recorded.exists() or recorded.read_bytes() != text:
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
-        write_whole(recorded, text)
-    return work
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a preparation that was killed while it merged left this."""
-    return path.name.startswith(tuple(f"{dot}{split}-" for dot in ("", ".") for split in SPLITS)) or (
-        path.name.endswith(".partial") or path.name == "tokenizer.model"
-    )
-
-
-def _make(
-    data: DataConfig,
-    config: TokenizerConfig,
-    directory: Path,
-    work: Path,
-    options: dict[str, Any],
-    progress: Progress | None,
-) -> Index:
-    tokenizer = _tokenizer(data, config, work)
-    file = str(work / tokenizer.file) if tokenizer.file else None
-    jobs = [
-        PartJob(part, data, file, str(work / f"part-{number:06d}.npz")) for number, part in enumerate(find_parts(data))
+def _compare(directory: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    absent = object()
+    lines = [
+        f"  {key}: prepared with {json.dumps(found.get(key))}, the config has {json.dumps(wanted.get(key))}"
+        for key in dict.fromkeys([*found, *wanted])
+        if found.get(key, absent) != wanted.get(key, absent)
     ]
-    _make_parts([job for job in jobs if not Path(job.output).exists()], len(jobs), data.num_workers, progress)
-    merged = merge([Path(job.output) for job in jobs], directory, data, tokenizer.vocab_size)
-    if not any(shard.split == "train" for shard in merged.shards):
+    if lines:
         raise InputError(
-            f"{directory}: the sources have no text to train on ({merged.num_empty} empty documents, "
-            f"{len(merged.skipped_files)} unreadable files, {sum(shard.documents for shard in merged.shards)} held out). "
-            "Add text, or lower data.validation_fraction."
+            "\n".join([f"{directory}: the dataset there was prepared with other options:", *lines])
+            + "\nSet these back, give data.path another directory, or delete this one to prepare it anew."
         )
-    tokenizer.save(directory)
-    index = Index(
-        tokenizer=describe_tokenizer(tokenizer),
-        token_dtype=token_dtype(tokenizer.vocab_size),
-        shards=merged.shards,
-        token_counts=merged.token_counts,
-        options=options,
-        documents_dropped={"duplicate": merged.num_duplicates, "empty": merged.num_empty},
-        skipped_files=merged.skipped_files,
-    )
-    write_index(str(directory), index)
+
+
+def _find_prepared(
+    directory: Path, options: dict[str, Any], data: DataConfig, announce: Callable[[str], None]
+) -> Index:
+    index = read_index(directory)
+    _compare(directory, index.options, options)
+    for file in [index.tokenizer.file, *(shard.file for shard in index.shards)]:
+        if not (directory / file).is_file():
+            raise InputError(f"{directory / file}: missing; delete the directory and prepare the dataset anew")
+    announce(f"{directory}: already prepared ({_describe(index)})")
+    with contextlib.suppress(InputError):  # the sources may lie on another machine: the dataset stands without them
+        if _inputs(list_files(data.sources)) != index.inputs:
+            announce(
+                f"{directory}: the sources are not what they were when this was prepared; to take them in, delete the "
+                "directory or give data.path another one"
+            )
     return index
 
 
-def _tokenizer(data: DataConfig, config: TokenizerConfig, work: Path) -> Tokenizer:
-    """The tokenizer, its file in the work directory."""
-    if not isinstance(config, SentencePieceTraining):
-        tokenizer = open_tokenizer(config)
-        tokenizer.save(work)
-        return tokenizer
-    trained = work / "tokenizer.model"
-    if not trained.exists():
-        train_tokenizer(data, config).save(work)
-    return read_sentencepiece(trained)
-
-
-def _make_parts(jobs: list[PartJob], total: int, num_workers: int, progress: Progress | None) -> None:
-    done = total - len(jobs)
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    if num_workers == 1 or len(jobs) <= 1:
-        for job in jobs:
-            make_part(job)
-            count()
-        return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with concurrent.futures.ProcessPoolExecutor(min(num_workers, len(jobs)), mp_context=context) as pool:
+@contextlib.contextmanager
+def _unfinished(directory: Path) -> Iterator[Path]:
+    """The place where the dataset is made, for this process alone."""
+    if directory.is_dir() and not (directory / UNFINISHED).is_dir():
+        there = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+        if there:
+            raise InputError(
+                f"{directory}: neither empty nor a dataset (there is {there[0]}, and no {INDEX_FILE}); nothing was "
+                "changed; give data.path another directory"
+            )
+    work = directory / UNFINISHED
+    with writing(work):
+        (work / "parts").mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
+    with lock:
         try:
-            for future in concurrent.futures.as_completed([pool.submit(make_part, job) for job in jobs]):
-                future.result()
-                count()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{directory}: another process is preparing it; wait for that one to end") from None
+        yield work
 
 
-def _digest(files: list[tuple[str, int]]) -> str:
-    import hashlib
+def _make(
+    files: Sequence[InputFile],
+    data: DataConfig,
+    config: TokenizerConfig,
+    options: dict[str, Any],
+    work: Path,
+    workers: Workers,
+    report: Callable[[Progress], None],
+    announce: Callable[[str], None],
+) -> Index:
+    """Everything but the move to its place."""
+    tokenizer = _make_tokenizer(files, data, config, work, report)
+    dtype = token_dtype(tokenizer.vocab_size)
+    recipe = Recipe(
+        normalize=data.normalize,
+        ftfy=data.ftfy,
+        validation_fraction=data.validation_fraction,
+        tokenizer=str(work / tokenizer.file),
+        fingerprint=tokenizer.fingerprint,
+        dtype=dtype,
+    )
+    parts = part_jobs(files, recipe, work / "parts")
+    sums = _make_parts(parts, workers, report)
+    selection = select(
+        parts, directory=work, shard_bytes=data.shard_bytes, dtype=dtype, vocab_size=tokenizer.vocab_size
+    )
+    documents, tokens = sum(part.documents for part in sums), sum(part.tokens for part in sums)
+    skipped = [entry for part in sums for entry in part.skipped]
+    if not any(job.split == "train" for job in selection.jobs):
+        raise InputError(
+            f"data.sources: no text to train on in {len(files)} files: {sum(part.empty for part in sums)} documents "
+            f"are empty, {len(skipped)} could not be read, {documents} fell in the validation split. Give files with "
+            "text, encoded as UTF-8."
+        )
+    made = {}
+    report(Progress("write shards", 0, len(selection.jobs), documents, tokens))
+    for number, shard in workers.run(make_shard, selection.jobs):
+        made[number] = shard
+        report(Progress("write shards", len(made), len(selection.jobs), documents, tokens))
+    shards = [made[number] for number in range(len(made))]
+    counts = sum((shard.token_counts for shard in shards if shard.entry.split == "train"), np.int64(0))
+    index = Index(
+        tokenizer=TokenizerEntry(
+            kind=tokenizer.kind,
+            file=tokenizer.file,
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+        ),
+        token_dtype=dtype,
+        shards=tuple(shard.entry for shard in shards),
+        token_counts=tuple(np.asarray(counts).tolist()),
+        options=options,
+        inputs=_inputs(files),
+        duplicate_documents=selection.duplicates,
+        empty_documents=sum(part.empty for part in sums),
+        num_skipped=len(skipped),
+        skipped=tuple(skipped[:MAX_NAMED]),
+    )
+    write_index(work, index)
+    announce(f"{data.path}: prepared {_describe(index)}")
+    for entry in skipped[:MAX_NAMED]:
+        announce(f"skipped {entry.name}: {entry.reason}")
+    if len(skipped) > MAX_NAMED:
+        announce(f"skipped {len(skipped) - MAX_NAMED} more")
+    if data.validation_fraction and not any(shard.split == "validation" for shard in index.shards):
+        announce(
+            f"no document fell in the validation split: with {documents} documents, raise data.validation_fraction "
+            f"from {data.validation_fraction} to evaluate while training"
+        )
+    return index
 
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+def _make_tokenizer(
+    files: Sequence[InputFile],
+    data: DataConfig,
+    config: TokenizerConfig,
+    work: Path,
+    report: Callable[[Progress], None],
+) -> Tokenizer:
+    """The tokenizer, with its file in ``work``."""
+    match config:
+        case BytesTokenizer():
+            tokenizer: Tokenizer = ByteTokenizer()
+        case SentencePieceFile():
+            tokenizer = load_tokenizer(config.path)
+        case SentencePieceTrained():
+            known = [repr(config), data.normalize, data.ftfy, data.validation_fraction, [file[1:] for file in files]]
+            key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+            trained = work / f"trained-{key}.model"
+            if not trained.is_file():
+                report(Progress("train tokenizer", 0, 1, 0, 0))
+                write_bytes(trained, train_model(config, sample_texts(files, data, config.sample_bytes)))
+                report(Progress("train tokenizer", 1, 1, 0, 0))
+            tokenizer = SentencePieceTokenizer(trained.read_bytes(), str(trained))
+    tokenizer.save(work)
+    return tokenizer
+
+
+def _make_parts(parts: Sequence[PartJob], workers: Workers, report: Callable[[Progress], None]) -> list[PartSums]:
+    """Make the parts that are not there yet; the sums of all, in order."""
+    done: dict[int, PartSums] = {
+        number: read_sums(part.path) for number, part in enumerate(parts) if Path(part.path).is_file()
+    }
+    missing = [number for number in range(len(parts)) if number not in done]
+    total = sum(part.num_bytes for part in parts)
+
+    def tell() -> None:
+        num_bytes = sum(parts[number].num_bytes for number in done)
+        documents, tokens = (sum(getattr(part, name) for part in done.values()) for name in ("documents", "tokens"))
+        report(Progress("tokenize", num_bytes, total, documents, tokens))
+
+    tell()
+    for place, sums in workers.run(make_part, [parts[number] for number in missing]):
+        done[missing[place]] = sums
+        tell()
+    return [done[number] for number in range(len(parts))]
+
+
+def _publish(index: Index, work: Path, directory: Path) -> None:
+    """Move a whole dataset to its place, the index last; what an earlier attempt moved is there already."""
+    with writing(directory):
+        for file in [index.tokenizer.file, *(shard.file for shard in index.shards), INDEX_FILE]:
+            if (work / file).is_file():
+                (work / file).replace(directory / file)
+
+
+def _inputs(files: Sequence[InputFile]) -> dict[str, Any]:
+    known = [(file.source, file.name, file.size) for file in files]
+    return {
+        "files": len(files),
+        "bytes": sum(file.size for file in files),
+        "digest": hashlib.sha256(json.dumps(known).encode()).hexdigest(),
+    }
+
+
+def _describe(index: Index) -> str:
+    parts = []
+    for split in dict.fromkeys(shard.split for shard in index.shards):
+        shards = [shard for shard in index.shards if shard.split == split]
+        documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+        parts.append(f"{split}: {documents:,} documents, {tokens:,} tokens")
+    return "; ".join(parts)

@@ -1,38 +1,129 @@
-"""A deterministic sample of a corpus, and the tokenizer that is trained on it."""
+"""The sample of the sources that a tokenizer is trained on, and its training."""
 
 import hashlib
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
 
 from lmjax.data.clean import clean
 from lmjax.data.config import DataConfig
-from lmjax.data.sources import Reading, find_parts, read_part
-from lmjax.data.tokenizer import SentencePiece, SentencePieceTraining, train_sentencepiece
+from lmjax.data.files import write_bytes
+from lmjax.data.index import SkippedInput
+from lmjax.data.parts import digest_of, split_of
+from lmjax.data.sources import InputFile, Piece, cut, list_files, read_texts
+from lmjax.data.tokenizer import (
+    SPACE_MARK,
+    SentencePieceTokenizer,
+    SentencePieceTrained,
+    TokenizerConfig,
+    load_tokenizer,
+)
+from lmjax.errors import InputError
+
+PIECE_BYTES = 2**20
+"""A jsonl file gives its lines to the sample by so many bytes."""
+SENTENCE_CHARACTERS = 2**12
+"""The trainer takes texts in parts of about this size: it drops a whole part for one character that it reserves."""
 
 
-def sample_texts(config: DataConfig, num_bytes: int) -> Iterator[str]:
-    """Cleaned documents of about ``num_bytes`` in all: the same ones whatever the number of workers.
+def train_tokenizer(data: DataConfig, tokenizer: TokenizerConfig, path: str | Path) -> SentencePieceTokenizer:
+    """Train a config's tokenizer on its sources and write the model to ``path``, which must not be there yet.
 
-    Each part gives documents from its start, up to its share of the sample; which of them come first is drawn by a
-    digest, so that a small sample is not the first source alone.
+    Raises InputError for a tokenizer that is not trained, a vocabulary that the text does not fit, and a path that
+    cannot be written.
     """
-    parts = find_parts(config)
-    order = sorted(range(len(parts)), key=lambda number: hashlib.sha256(b"%d" % number).digest())
-    share = -(-num_bytes // len(parts))
-    left = num_bytes
-    for number in order:
-        of_part = min(share, left)
-        for text in read_part(parts[number], Reading()):
-            if of_part <= 0:
-                break
-            text = clean(text, unicode_form=config.unicode_form, repair=config.repair_prose and parts[number].repairable)
-            size = len(text.encode())
-            of_part -= size
-            left -= size
-            yield text
-        if left <= 0:
-            return
+    path = Path(path)
+    if not isinstance(tokenizer, SentencePieceTrained):
+        raise InputError(f"tokenizer.kind is {tokenizer.kind}, which is not trained; allowed: sentencepiece")
+    if path.exists():
+        raise InputError(f"{path}: there is a file already, and it stays as it is; choose another name")
+    model = train_model(tokenizer, sample_texts(list_files(data.sources), data, tokenizer.sample_bytes))
+    write_bytes(path, model)
+    trained = load_tokenizer(path)
+    assert isinstance(trained, SentencePieceTokenizer)
+    return trained
 
 
-def train_tokenizer(data: DataConfig, tokenizer: SentencePieceTraining) -> SentencePiece:
-    """The SentencePiece model of ``tokenizer`` on a sample of ``data``'s sources. Raises InputError where it cannot be."""
-    return train_sentencepiece(tokenizer, sample_texts(data, tokenizer.sample_bytes))
+def sample_texts(files: Sequence[InputFile], data: DataConfig, sample_bytes: int) -> list[str]:
+    """Cleaned documents of the training split, each once, up to ``sample_bytes`` of UTF-8.
+
+    Files, and pieces of jsonl files, come in the order of a hash of their names, so that a small sample is not the
+    first source alone; it is the same on every machine.
+    """
+    texts = []
+    seen = set()
+    left = sample_bytes
+    for piece in sorted(cut(files, PIECE_BYTES), key=_place):
+        for found in read_texts(piece):
+            if isinstance(found, SkippedInput):
+                continue
+            text = clean(found, normalize=data.normalize, repair=data.ftfy and piece.file.content == "prose")
+            digest = digest_of(text)
+            if not text.strip() or digest in seen or split_of(digest, data.validation_fraction) != "train":
+                continue
+            seen.add(digest)
+            text = text[:left]
+            texts.append(text)
+            left -= len(text.encode())
+            if left <= 0:
+                return texts
+    if not texts:
+        raise InputError(
+            f"data.sources: no text to train a tokenizer on in {len(files)} files: they are empty, not UTF-8, or fell "
+            "in the validation split; give files with text, encoded as UTF-8"
+        )
+    return texts
+
+
+def train_model(config: SentencePieceTrained, texts: Sequence[str]) -> bytes:
+    """The content of a .model file: BPE that encodes any text without loss, with runs of spaces as tokens.
+
+    A pure function of its arguments. Raises InputError for a vocabulary that is too large or too small for the text.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=config.vocab_size,
+            byte_fallback=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=2**30,
+            num_threads=1,
+            minloglevel=4,
+        )
+    except RuntimeError as error:
+        num_bytes = sum(len(text.encode()) for text in texts)
+        reason = str(error).rpartition("] ")[2].strip()
+        raise InputError(
+            f"tokenizer.vocab_size {config.vocab_size} does not fit a sample of {num_bytes} bytes of text: {reason}"
+        ) from error
+    return model.getvalue()
+
+
+def _place(piece: Piece) -> bytes:
+    return hashlib.sha256(
+        f"{piece.file.source} {piece.start} {piece.file.name}".encode(errors="surrogatepass")
+    ).digest()
+
+
+def _sentences(texts: Sequence[str]) -> Iterator[str]:
+    for text in texts:
+        # To the trainer the space mark is a space; it is encoded as bytes, so it has nothing to learn from it.
+        for part in text.split(SPACE_MARK):
+            start = 0
+            while start < len(part):
+                end = part.find("\n", start + SENTENCE_CHARACTERS) + 1 or len(part)
+                yield part[start:end]
+                start = end

@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -32,7 +32,7 @@ class ShardSums(NamedTuple):
     sha256: str
 
 
-def token_dtype(vocab_size: int) -> str:
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     """The smallest of the two types that hold every token."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 

@@ -1,159 +1,209 @@
-"""From sources to parts: shares of the corpus that can be read on their own, in an order that never changes."""
+"""From sources to texts: which files there are, how they are shared out as work, and what is read from them."""
 
-import dataclasses
 import glob
 import json
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from lmjax.data.config import DataConfig, FilesSource, JsonlSource, Source, StdlibSource
+from lmjax.data.config import Content, FilesSource, JsonlSource, Source, StdlibSource
+from lmjax.data.index import SkippedInput
 from lmjax.errors import InputError
 
-PART_BYTES = 2**23
-"""Text of a part, about: small enough that many processes finish together, large enough to be worth a file."""
-
-PROSE_EXTENSIONS = (".txt", ".md")
-STDLIB_EXTENSIONS = (".py", ".txt", ".rst", ".md")
-STDLIB_LEFT_OUT = frozenset({"site-packages", "test", "tests", "idle_test"})
-"""Directories that are not there in every installation of the same Python."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A share of one source."""
-
-    source: Source
-    files: tuple[str, ...]
-    start: int = 0
-    """jsonl: the first byte; the part has the lines that begin from here on …"""
-    stop: int = 0
-    """jsonl: … and before here."""
-
-    @property
-    def repairable(self) -> bool:
-        """Whether its text may hold mis-decoded characters."""
-        return not isinstance(self.source, StdlibSource) and self.source.content == "prose"
+PROSE_EXTENSIONS = (".markdown", ".md", ".rst", ".txt")
+# fmt: off
+CODE_EXTENSIONS = (
+    ".bash", ".c", ".cc", ".clj", ".cpp", ".cs", ".css", ".cu", ".cxx", ".dart", ".ex", ".exs", ".erl", ".f90",
+    ".go", ".h", ".hpp", ".hs", ".html", ".java", ".jl", ".js", ".jsx", ".kt", ".lean", ".lisp", ".lua", ".m",
+    ".ml", ".mli", ".php", ".pl", ".proto", ".ps1", ".py", ".pyi", ".pyx", ".r", ".rb", ".rs", ".scala", ".scm",
+    ".sh", ".sql", ".swift", ".tex", ".toml", ".ts", ".tsx", ".v", ".vue", ".yaml", ".yml", ".zig",
+)
+# fmt: on
+NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+DOCUMENT_BYTES = 4 * 2**20
+"""A text file that is longer is cut, at ends of lines, into documents of about this size: memory stays bounded."""
+LINE_SEARCH_BYTES = 2**16
+"""How far the end of a line is looked for; after that a text file is cut between two characters."""
 
 
-@dataclasses.dataclass
-class Reading:
-    """What was met while a part was read."""
+class InputFile(NamedTuple):
+    """One file of a source."""
 
-    skipped: list[str] = dataclasses.field(default_factory=list)
-    """Files and lines that are not text, with the reason."""
-
-
-def find_parts(config: DataConfig) -> list[Part]:
-    """The whole corpus, source by source, files in the order of their names. Raises InputError for one that is empty."""
-    parts: list[Part] = []
-    for number, source in enumerate(config.sources):
-        where = f"data.sources.{number}"
-        files = _files(source, where)
-        if isinstance(source, JsonlSource):
-            parts += [part for file in files for part in _jsonl_parts(source, file)]
-        else:
-            parts += _file_parts(source, files)
-    return parts
+    path: str
+    name: str
+    """Relative to its source, with slashes: the same wherever the source lies."""
+    source: int
+    """Place of its source in the config."""
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    content: Content
+    text_field: str | None
+    """Key of a line's text in a jsonl file; None for a text file."""
 
 
-def listing(config: DataConfig) -> list[tuple[str, int]]:
-    """Every file of the corpus and its size: what tells a changed corpus from the one that was prepared."""
-    found = [file for number, source in enumerate(config.sources) for file in _files(source, f"data.sources.{number}")]
-    return [(file, Path(file).stat().st_size) for file in found]
+class Piece(NamedTuple):
+    """Bytes of a file. A line, or a document, belongs to the piece in which it starts."""
+
+    file: InputFile
+    start: int
+    stop: int
 
 
-def read_part(part: Part, reading: Reading) -> Iterator[str]:
-    """The documents of a part, as they are in their files."""
-    if isinstance(part.source, JsonlSource):
-        yield from _read_jsonl(part, part.source.text_field, reading)
-        return
-    for file in part.files:
-        try:
-            yield Path(file).read_bytes().decode()
-        except UnicodeDecodeError as error:
-            reading.skipped.append(f"{file}: not UTF-8 at byte {error.start}")
+def list_files(sources: Sequence[Source]) -> list[InputFile]:
+    """Every file of the sources, source after source, each sorted by name.
+
+    Raises InputError for a source that has none.
+    """
+    files = []
+    for number, source in enumerate(sources):
+        found = [
+            InputFile(
+                path, _printable(name), number, *_size_and_time(path), content, getattr(source, "text_field", None)
+            )
+            for name, path, content in _named_files(source, f"data.sources.{number}")
+        ]
+        files += sorted(found, key=lambda file: file.name)
+    return files
 
 
-def _files(source: Source, where: str) -> list[str]:
+def cut(files: Sequence[InputFile], jsonl_bytes: int) -> Iterator[Piece]:
+    """The pieces of all files in order; a jsonl file is cut every ``jsonl_bytes``."""
+    for file in files:
+        step = jsonl_bytes if file.text_field is not None else DOCUMENT_BYTES
+        for start in range(0, file.size, step):
+            yield Piece(file, start, min(start + step, file.size))
+
+
+def read_texts(piece: Piece) -> Iterator[str | SkippedInput]:
+    """The texts of a piece in order, as they are in the file, and what had to be skipped.
+
+    Raises InputError for a file that cannot be opened.
+    """
+    file = piece.file
+    try:
+        with open(file.path, "rb") as stream:
+            if file.text_field is not None:
+                yield from _read_lines(stream, piece, file.text_field)
+            else:
+                start = _line_start(stream, piece.start, file.size)
+                content = stream.read(_line_start(stream, piece.stop, file.size, back_to=start) - start)
+                whole = piece.start == 0 and piece.stop == file.size
+                yield _decode(content, file.name if whole else f"{file.name} from byte {start}")
+    except OSError as error:
+        raise InputError(
+            f"data.sources.{file.source}: {file.path} cannot be read ({error.strerror}); make it readable, or "
+            "leave it out"
+        ) from None
+
+
+def _named_files(source: Source, where: str) -> Iterator[tuple[str, str, Content]]:
     match source:
         case StdlibSource():
-            root = Path(sysconfig.get_path("stdlib"))
-            found = [path for path in _walk(root, STDLIB_EXTENSIONS) if STDLIB_LEFT_OUT.isdisjoint(path.parts)]
-        case FilesSource():
-            found = _matching(source, where)
+            root = sysconfig.get_path("stdlib")
+            for name, path in _walk(root, (".py", ".rst", ".txt", ".md"), NOT_STDLIB):
+                yield name, path, "code" if name.endswith(".py") else "prose"
         case JsonlSource():
-            path = Path(source.path).expanduser()
-            found = [path] if path.is_file() else _glob(source.path)
-    if not found:
-        raise InputError(f"{where}: {_named(source)} has no file to read. Name a file, a directory or a glob that has some.")
-    return [str(path) for path in found]
-
-
-def _matching(source: FilesSource, where: str) -> list[Path]:
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        return _walk(path, source.extensions or PROSE_EXTENSIONS)
-    if source.extensions is not None:
-        raise InputError(
-            f"{where}.extensions: has an effect with a directory only, and {source.path} is not one. Leave it out, or put "
-            "the ending into the glob."
-        )
-    return [path] if path.is_file() else _glob(source.path)
-
-
-def _walk(root: Path, extensions: tuple[str, ...]) -> list[Path]:
-    found = (path for path in root.rglob("*") if path.suffix in extensions and path.is_file())
-    return sorted(path for path in found if "__pycache__" not in path.parts)
-
-
-def _glob(pattern: str) -> list[Path]:
-    pattern = str(Path(pattern).expanduser())
-    return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
-
-
-def _named(source: Source) -> str:
-    return source.kind if isinstance(source, StdlibSource) else f"{source.kind} {source.path}"
-
-
-def _file_parts(source: Source, files: list[str]) -> Iterator[Part]:
-    group: list[str] = []
-    size = 0
-    for file in files:
-        size += Path(file).stat().st_size
-        group.append(file)
-        if size >= PART_BYTES:
-            yield Part(source, tuple(group))
-            group, size = [], 0
-    if group:
-        yield Part(source, tuple(group))
-
-
-def _jsonl_parts(source: JsonlSource, file: str) -> Iterator[Part]:
-    size = Path(file).stat().st_size
-    for start in range(0, size, PART_BYTES):
-        yield Part(source, (file,), start, min(start + PART_BYTES, size))
-
-
-def _read_jsonl(part: Part, field: str, reading: Reading) -> Iterator[str]:
-    (file,) = part.files
-    with open(file, "rb") as lines:
-        if part.start:  # the line that is under way here belongs to the part before
-            lines.seek(part.start - 1)
-            lines.readline()
-        while (begin := lines.tell()) < part.stop:
-            line = lines.readline()
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:  # JSON's error and UTF-8's are both this
-                reading.skipped.append(f"{file}: the line at byte {begin} is not JSON")
-                continue
-            text = row.get(field) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                keys = f"has {', '.join(row)}" if isinstance(row, dict) else "is no object"
+            for name, path in _find(source.path, (".jsonl",), where):
+                yield name, path, source.content
+        case FilesSource():
+            if source.extensions is not None and not os.path.isdir(source.path):
                 raise InputError(
-                    f"{file}: the line at byte {begin} has no text in {field!r}; it {keys}. Set text_field of the source."
+                    f"{where}.extensions: it chooses among the files of a directory, and {source.path} is none; "
+                    "leave it out"
                 )
-            yield text
+            usual = PROSE_EXTENSIONS if source.content == "prose" else CODE_EXTENSIONS
+            for name, path in _find(source.path, source.extensions or usual, where):
+                yield name, path, source.content
+
+
+def _find(path: str, extensions: tuple[str, ...], where: str) -> list[tuple[str, str]]:
+    """(name, path) of a file, of the files of a directory that have the extensions, or of those that a glob matches."""
+    if os.path.isfile(path):
+        return [(os.path.basename(path), path)]
+    if os.path.isdir(path):
+        found = list(_walk(path, extensions, frozenset()))
+        missing = f"no file in the directory {path} ends in {', '.join(extensions)}"
+    elif glob.has_magic(path):
+        parts = Path(path).parts
+        fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+        root = os.path.join(*parts[:fixed]) if fixed else "."
+        matches = [match for match in glob.iglob(path, recursive=True) if os.path.isfile(match)]
+        found = [(Path(os.path.relpath(match, root)).as_posix(), match) for match in matches]
+        missing = f"the glob {path} matches no file"
+    else:
+        found, missing = [], f"there is no file or directory {path}"
+    if not found:
+        raise InputError(f"{where}.path: {missing}; name a file, a directory or a glob that has text")
+    return found
+
+
+def _walk(root: str, extensions: tuple[str, ...], left_out: frozenset[str]) -> Iterator[tuple[str, str]]:
+    for directory, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if not name.startswith(".") and name not in left_out]
+        for name in names:
+            path = os.path.join(directory, name)
+            if name.endswith(extensions) and os.path.isfile(path):
+                yield Path(os.path.relpath(path, root)).as_posix(), path
+
+
+def _printable(name: str) -> str:
+    """A name with bytes that are no UTF-8 written as \\xNN, so that it can be written down."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _decode(content: bytes, name: str) -> str | SkippedInput:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return SkippedInput(name=name, reason=f"not UTF-8 ({error.reason} at byte {error.start})")
+
+
+def _read_lines(stream: BinaryIO, piece: Piece, text_field: str) -> Iterator[str | SkippedInput]:
+    if piece.start:
+        stream.seek(piece.start - 1)
+        stream.readline()
+    while (offset := stream.tell()) < piece.stop:
+        line = _decode(stream.readline(), f"{piece.file.name}, line at byte {offset}")
+        if isinstance(line, SkippedInput):
+            yield line
+        elif line.strip():
+            yield _text_of(line, text_field, f"{piece.file.name}, line at byte {offset}")
+
+
+def _text_of(line: str, text_field: str, name: str) -> str | SkippedInput:
+    try:
+        text = json.loads(line)[text_field]
+    except (ValueError, RecursionError):
+        return SkippedInput(name=name, reason="not JSON")
+    except (KeyError, TypeError, IndexError):
+        return SkippedInput(name=name, reason=f"no object with the key {text_field!r}")
+    if not isinstance(text, str):
+        return SkippedInput(name=name, reason=f"the value of {text_field!r} is not text")
+    return text
+
+
+def _line_start(stream: BinaryIO, offset: int, size: int, back_to: int | None = None) -> int:
+    """The first place from ``offset`` on at which a line starts, or else a character; 0 and ``size`` stay.
+
+    The stream stands there afterwards, or at ``back_to``.
+    """
+    if 0 < offset < size:
+        stream.seek(offset - 1)
+        window = stream.read(LINE_SEARCH_BYTES)
+        end = window.find(b"\n")
+        if end >= 0:
+            offset += end
+        else:
+            # Bytes 10xxxxxx go on with a character; there are at most three in a row.
+            following = window[1:4]
+            offset += next((more for more, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
+    stream.seek(offset if back_to is None else back_to)
+    return offset

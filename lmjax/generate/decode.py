@@ -110,8 +110,8 @@ class Generator:
             new_BN = self._run(
                 params,
                 *(place_rows(value, mesh) for value in (tokens, lengths, keys)),
-                place(np.float32(temperature), replicated(mesh)),
-                place(np.int32(max_tokens), replicated(mesh)),
+                place(np.asarray(temperature, np.float32), replicated(mesh)),
+                place(np.asarray(max_tokens, np.int32), replicated(mesh)),
                 max_new=_power_of_two(max_tokens),
             )
         return [self._read(row[:max_tokens].tolist()) for row in np.asarray(new_BN)[: len(prompts)]]
@@ -171,7 +171,7 @@ def _continue(
     def choose(hidden_BD, count):
         return sample(next_logits(decoder, hidden_BD, vocab_size), keys_B2, count, temperature)
 
-    def go_on(state: _State) -> bool:
+    def go_on(state: _State) -> jax.Array:
         return (state.count < max_tokens) & ~jnp.all(state.done_B)
 
     def step(state: _State) -> _State:

@@ -4,7 +4,7 @@ Legend: B batch, T positions, D embed, V vocab.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
@@ -215,9 +215,10 @@ class Decoder(nnx.Module):
         write: CacheWrite,
     ) -> tuple[Float[Array, "batch seq embed"], list[GroupCache]]:
         """The same for tokens that follow those in ``cache``; also the cache with these tokens written into it."""
-        return self._run(tokens_BT, positions_BT, None, execution, cache, write)
+        x_BTD, cache = self._run(tokens_BT, positions_BT, None, execution, cache, write)
+        return x_BTD, cache
 
-    def _run(self, tokens_BT, positions_BT, segment_ids_BT, execution, caches, write):
+    def _run(self, tokens_BT, positions_BT, segment_ids_BT, execution, caches, write) -> tuple[Any, Any]:
         def apply(x_BTD, block, cache):
             return block(x_BTD, positions_BT, segment_ids_BT, execution, cache, write)
 

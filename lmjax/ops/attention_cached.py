@@ -1,6 +1,7 @@
 """Attention of new queries over the keys and values of a cache.
 
-Legend: B batch, T new positions, S slots of the cache, N query heads, K kv heads, G query heads per kv head, H head_dim.
+Legend: B batch, T new positions, S slots of the cache, N query heads, K kv heads, G query heads per kv
+head, H head_dim.
 """
 
 import jax

@@ -35,7 +35,8 @@ def reference_attention(
     visible = mask.visible(jnp.arange(T), jnp.arange(S))
     if segment_ids_BT is not None:
         visible = (visible & same_segment(segment_ids_BT, segment_ids_BT))[:, None, None]
-    weights_BKGTS = jax.nn.softmax(jnp.where(visible, scores_BKGTS, HIDDEN), axis=-1)
-    weights_BKGTS = jnp.where(visible, weights_BKGTS, 0.0).astype(v_BSKH.dtype)
+    weights_BKGTS = jax.nn.softmax(jnp.where(visible, scores_BKGTS, HIDDEN), axis=-1).astype(v_BSKH.dtype)
     out_BTNH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    if segment_ids_BT is not None:
+        out_BTNH = jnp.where((segment_ids_BT != 0)[:, :, None, None], out_BTNH, 0)
     return out_BTNH if save_as is None else checkpoint_name(out_BTNH, save_as)

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ def to_devices(rows: Rows, num_rows: int, length: int, accumulation: int, mesh: 
     parts: dict[tuple[int, int], Batch] = {}
     devices = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
         start, stop, _ = index[1].indices(shape[1])
         devices[device] = start, stop
         if (start, stop) not in parts:
@@ -38,6 +40,17 @@ def to_devices(rows: Rows, num_rows: int, length: int, accumulation: int, mesh: 
         shards = [jax.device_put(parts[part][i], device) for device, part in devices.items()]
         arrays.append(jax.make_array_from_single_device_arrays(shape, sharding, shards))
     return DeviceBatch(*arrays)
+
+
+def abstract_batch(num_rows: int, length: int, accumulation: int, mesh: Mesh) -> DeviceBatch:
+    """The shapes and shardings of what ``to_devices`` gives."""
+    sharding = batch_sharding(mesh, num_leading=1)
+
+    def struct(dtype: type[np.generic]) -> Any:
+        return jax.ShapeDtypeStruct((accumulation, num_rows // accumulation, length), dtype, sharding=sharding)
+
+    whole, part = struct(np.int32), struct(np.float32)
+    return DeviceBatch(tokens=whole, targets=whole, segment_ids=whole, positions=whole, weights=part)
 
 
 def _by_micro_batch(field: np.ndarray, accumulation: int) -> np.ndarray:

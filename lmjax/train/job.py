@@ -12,6 +12,7 @@ from lmjax.data.batches import Batches, EvaluationBatches
 from lmjax.data.config import DataConfig
 from lmjax.data.index import Index, read_index
 from lmjax.data.plans import Plan, ensure_plan
+from lmjax.data.prepare import check_options
 from lmjax.data.shards import verify_shards
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from lmjax.errors import InputError
@@ -103,6 +104,7 @@ def open_dataset(job: Job) -> Dataset:
     """
     directory = job.data.path
     index = read_index(directory)
+    check_options(directory, index, job.data, job.tokenizer)
     if index.tokenizer.vocab_size > job.model.vocab_size:
         raise InputError(
             f"model.vocab_size is {job.model.vocab_size}, but the tokenizer of {directory} has "

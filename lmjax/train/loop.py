@@ -20,10 +20,9 @@ from lmjax.data.index import fingerprint
 from lmjax.errors import InputError, PreemptedError
 from lmjax.generate.decode import Generator
 from lmjax.models.counts import parameter_count, training_flops
-from lmjax.sharding import batch_sharding
 from lmjax.train.evaluate import make_evaluator
 from lmjax.train.faults import StopSignal, check_finite
-from lmjax.train.feed import Feed, to_devices
+from lmjax.train.feed import Feed, abstract_batch, to_devices
 from lmjax.train.job import Dataset, Job, Program, make_program, open_dataset
 from lmjax.train.metrics import Recorder, peak_flops
 from lmjax.train.state import TrainState, init_state
@@ -133,7 +132,7 @@ class Clock:
         self.total_seconds = 0.0
         """Of all updates so far, without evaluations and saves."""
         self._devices = list(mesh.local_devices)
-        peak = peak_flops(self._devices[0])
+        peak = peak_flops(self._devices[0].device_kind)
         self._peak = None if peak is None else peak * mesh.size
         self._flops = training_flops(job.model, job.train.global_batch_size, job.data.sequence_length)
         self._log_hash = job.train.log_batch_hash
@@ -150,7 +149,7 @@ class Clock:
         seconds, self._last = now - self._last, now
         self.total_seconds += seconds
         waited, self._waited = seconds_waited - self._waited, seconds_waited
-        memory = [device_memory_peak(device) for device in self._devices]
+        memory = [peak for peak in map(device_memory_peak, self._devices) if peak is not None]
         row = {
             "step": pending.step,
             "loss": metrics.loss,
@@ -161,7 +160,7 @@ class Clock:
             "step_seconds": seconds,
             "data_seconds": waited,
             "mfu": None if self._peak is None else self._flops / seconds / self._peak,
-            "memory_bytes": None if None in memory else max(memory),
+            "memory_bytes": max(memory, default=None),
         }
         return row | ({"batch_hash": pending.batch_hash} if self._log_hash else {})
 
@@ -228,21 +227,14 @@ def batch_maker(job: Job, dataset: Dataset, mesh: Mesh) -> Callable[[int], Devic
     return make
 
 
-def abstract_batch(job: Job, mesh: Mesh) -> DeviceBatch:
-    """The shapes and shardings of a global batch."""
-    shape = (job.train.accumulation, job.train.global_batch_size // job.train.accumulation, job.data.sequence_length)
-    whole, part = np.dtype(np.int32), np.dtype(np.float32)
-    dtypes = DeviceBatch(tokens=whole, targets=whole, segment_ids=whole, positions=whole, weights=part)
-    sharding = batch_sharding(mesh, num_leading=1)
-    return DeviceBatch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in dtypes))
-
-
 def compile_step(job: Job, program: Program, recorder: Recorder) -> Any:
     """The compiled step; what it took is told."""
     began = time.perf_counter()
     step = jax.jit(make_step(program.blueprint, program.execution, program.loss), donate_argnums=0)
+    config = job.train
+    batch = abstract_batch(config.global_batch_size, job.data.sequence_length, config.accumulation, program.mesh)
     with jax.set_mesh(program.mesh):
-        compiled = step.lower(program.blueprint.state, abstract_batch(job, program.mesh)).compile()
+        compiled = step.lower(program.blueprint.state, batch).compile()
     recorder.message(f"the step compiled in {time.perf_counter() - began:.1f} s")
     return compiled
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -35,9 +34,9 @@ LINE_SECONDS = 10.0
 """Between two plain lines of progress."""
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device_kind: str) -> float | None:
     """None for a device that is not in the table: its MFU is not known."""
-    names = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    names = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 

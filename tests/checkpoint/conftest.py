@@ -24,8 +24,7 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
 
 
 def sharding_of(path: tuple[typing.Any, ...], mesh: Mesh) -> NamedSharding:
-    name = getattr(path[-1], "key", None)
-    return NamedSharding(mesh, SPECS.get(name, PartitionSpec()))
+    return NamedSharding(mesh, SPECS.get(str(getattr(path[-1], "key", "")), PartitionSpec()))
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +39,7 @@ def mesh_of() -> Callable[[int, int, int], Mesh]:
 
 @pytest.fixture(scope="session")
 def make_state() -> MakeState:
-    """``make_state(mesh, number, dim=16)``: the state number ``number``, every value of it different from the others'."""
+    """``make_state(mesh, number, dim=16)``: state number ``number``; no two numbers have a value in common."""
 
     def make(mesh: Mesh, number: int, dim: int = 16) -> dict[str, typing.Any]:
         values = np.random.default_rng(number)
@@ -56,9 +55,7 @@ def make_state() -> MakeState:
             "optimizer": (adam, optax.EmptyState(), optax.ScaleByScheduleState(np.array(number, np.int32))),
             "step": np.array(number, np.int32),
         }
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jax.device_put(leaf, sharding_of(path, mesh)), state
-        )
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: jax.device_put(leaf, sharding_of(path, mesh)), state)
 
     return make
 

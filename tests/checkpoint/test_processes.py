@@ -104,4 +104,5 @@ def test_two_processes(tmp_path):
     command = [LAUNCH, "2", sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), tmp_path / "checkpoints"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if "Gloo" not in line) == ["[0] all agreed", "[1] all agreed"]
+    # nothing else: a collective on the devices would have its transport announce itself here
+    assert sorted(done.stdout.splitlines()) == ["[0] all agreed", "[1] all agreed"]

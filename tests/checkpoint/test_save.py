@@ -6,6 +6,8 @@ import resource
 import subprocess
 import sys
 import textwrap
+import typing
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,13 +15,24 @@ import pytest
 
 from lmjax.checkpoint import save as saving
 from lmjax.checkpoint.manifest import list_steps, read_manifest, verify
-from lmjax.checkpoint.restore import restore
+from lmjax.checkpoint.restore import Restored, restore
 from lmjax.checkpoint.save import CheckpointConfig, Saver
 from lmjax.errors import InputError
 
 
-def names(directory) -> list[str]:
+def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def save_and_wait(saver: Saver, step: int, state: typing.Any) -> None:
+    saver.save(step, state, {})
+    saver.wait()
+
+
+def read(*arguments: typing.Any, **options: typing.Any) -> Restored:
+    found = restore(*arguments, **options)
+    assert found is not None
+    return found
 
 
 def test_the_newest_are_kept_each_whole(tmp_path, mesh, make_state):
@@ -68,7 +81,7 @@ def test_what_is_donated_after_save_returned_is_saved_as_it_was(tmp_path, mesh, 
     changed = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(state)
     jax.block_until_ready(changed)
     saver.close()
-    found = restore(tmp_path, make_target(changed, mesh))
+    found = read(tmp_path, make_target(changed, mesh))
     assert same_bits(found.state, make_state(mesh, 3, dim=1024))
     assert not same_bits(found.state, changed)
     assert found.metadata == {"list": [1]}
@@ -96,22 +109,23 @@ def test_a_disk_that_fills_up_is_told_and_leaves_the_last_good_step(tmp_path, me
     saver.wait()
     large = make_state(mesh, 2, dim=1 << 16)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))  # less than one device's share of one array
     try:
         with pytest.raises(InputError, match="saving checkpoint 2 failed(.|\n)*Saved checkpoints, untouched: 1"):
-            saver.save(2, large, {})
-            saver.wait()
+            save_and_wait(saver, 2, large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list_steps(tmp_path) == [1]
-    assert same_bits(restore(tmp_path, make_target(make_state(mesh, 1), mesh)).state, make_state(mesh, 1))
+    assert same_bits(read(tmp_path, make_target(make_state(mesh, 1), mesh)).state, make_state(mesh, 1))
     saver.save(3, large, {})
     saver.close()
     assert list_steps(tmp_path) == [3]
     assert verify(tmp_path, 3).problems == ()
 
 
-def test_a_manifest_that_cannot_be_written_is_told_by_the_next_save(tmp_path, mesh, make_state, make_target, monkeypatch):
+def test_a_manifest_that_cannot_be_written_is_told_by_the_next_save(
+    tmp_path, mesh, make_state, make_target, monkeypatch
+):
     def fail(directory, manifest):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -123,7 +137,7 @@ def test_a_manifest_that_cannot_be_written_is_told_by_the_next_save(tmp_path, me
         saver.save(2, make_state(mesh, 2), {})
         with pytest.raises(InputError, match="saving checkpoint 2 failed: .*No space left"):
             saver.save(3, make_state(mesh, 3), {})
-    assert restore(tmp_path, make_target(make_state(mesh, 1), mesh)).step == 1
+    assert read(tmp_path, make_target(make_state(mesh, 1), mesh)).step == 1
     saver.save(3, make_state(mesh, 3), {})
     saver.close()
     assert names(tmp_path) == ["3"]
@@ -156,7 +170,7 @@ def test_killed_while_saving(tmp_path):
         "params": {"w": jax.ShapeDtypeStruct((8,), "float32", sharding=sharding)},
         "step": jax.ShapeDtypeStruct((), "int32", sharding=sharding),
     }
-    found = restore(tmp_path, target)
+    found = read(tmp_path, target)
     assert (found.step, found.skipped) == (1, ())
     assert np.array_equal(found.state["params"]["w"], np.arange(8.0))
     saver = Saver(str(tmp_path), CheckpointConfig(keep_last=1))
@@ -167,7 +181,9 @@ def test_killed_while_saving(tmp_path):
 
 
 @pytest.mark.parametrize(("point", "step"), [("write_manifest", 1), ("_remove_old", 2)])
-def test_killed_between_the_commit_and_the_end(tmp_path, mesh, make_state, make_target, same_bits, monkeypatch, point, step):
+def test_killed_between_the_commit_and_the_end(
+    tmp_path, mesh, make_state, make_target, same_bits, monkeypatch, point, step
+):
     saver = Saver(str(tmp_path), CheckpointConfig(keep_last=1))
     saver.save(1, make_state(mesh, 1), {})
     saver.wait()
@@ -178,7 +194,7 @@ def test_killed_between_the_commit_and_the_end(tmp_path, mesh, make_state, make_
         saver.save(2, make_state(mesh, 2), {})
         saver.close()
     assert names(tmp_path) == ["1", "2"]
-    found = restore(tmp_path, make_target(make_state(mesh, 1), mesh))
+    found = read(tmp_path, make_target(make_state(mesh, 1), mesh))
     assert found.step == step
     assert same_bits(found.state, make_state(mesh, step))
     assert [skipped.step for skipped in found.skipped] == ([2] if step == 1 else [])

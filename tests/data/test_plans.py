@@ -27,7 +27,7 @@ def test_a_missing_plan_is_built_once_and_announced(make_dataset, documents):
     assert STEM in said[0]
     again = ensure_plan(directory, index, **OPTIONS, announce=said.append)
     assert len(said) == 1
-    pure = build_plan(directory, index, **OPTIONS)
+    pure = build_plan(index, np.array([len(document) for document in documents]), **OPTIONS)
     for plan in (built, again):
         assert np.array_equal(plan.layout.pieces, pure.layout.pieces)
         assert np.array_equal(plan.layout.row_starts, pure.layout.row_starts)

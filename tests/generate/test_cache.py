@@ -37,15 +37,19 @@ def cached_logits(config, tokens, params):
     def run(params, prompts, lengths, new):
         decoder = blueprint.decoder(params)
         hidden, cache, key_positions = decode.prefill(decoder, tiny.FLOAT32, prompts, lengths, 8 + NEW)
-        logits = [decode.next_logits(decoder, hidden, config.vocab_size)]
-        for i in range(NEW):
+        first = decode.next_logits(decoder, hidden, config.vocab_size)
+
+        def step(carry, i):
+            cache, key_positions = carry
             positions = (lengths + i)[:, None]
-            key_positions = key_positions.at[:, 8 + i].set(lengths + i)
-            hidden, cache = decoder.hidden_with_cache(
-                new[:, i : i + 1], positions, tiny.FLOAT32, cache, CacheWrite(jnp.int32(8 + i), key_positions)
-            )
-            logits.append(decode.next_logits(decoder, hidden[:, 0], config.vocab_size))
-        return jnp.stack(logits, axis=1)
+            token = jax.lax.dynamic_slice_in_dim(new, i, 1, 1)
+            key_positions = jax.lax.dynamic_update_slice_in_dim(key_positions, positions, 8 + i, 1)
+            write = CacheWrite(8 + i, key_positions)
+            hidden, cache = decoder.hidden_with_cache(token, positions, tiny.FLOAT32, cache, write)
+            return (cache, key_positions), decode.next_logits(decoder, hidden[:, 0], config.vocab_size)
+
+        _, others = jax.lax.scan(step, (cache, key_positions), jnp.arange(NEW))
+        return jnp.concatenate([first[None], others]).swapaxes(0, 1)
 
     numbers = np.arange(8)
     prompts = np.where(numbers < LENGTHS[:, None], tokens[:, :8], 77).astype(np.int32)  # 77: padding, seen by nothing

@@ -66,7 +66,7 @@ def test_training_flops_are_those_of_every_product(length):
 
 @pytest.mark.fast
 def test_causal_attention_counts_half_of_the_square():
-    """Against 6 N + 6 L T D a token, the usual figure for causal attention (PaLM, arXiv 2204.02311, appendix B, halved)."""
+    """Against 6 N + 6 L T D a token: PaLM's figure (arXiv 2204.02311, appendix B) with half of its attention."""
     config, length = load_model("configs/models/llama3_8b.yaml"), 8192
     matmul_parameters = parameter_count(config) - config.vocab_size * config.embed_dim
     usual = 6 * matmul_parameters + 6 * config.num_layers * length * config.embed_dim

@@ -1,4 +1,4 @@
-"""Logits equal those of transformers' models, with every parameter random: norms that are all ones would hide mistakes."""
+"""Logits equal those of transformers' models, with every parameter random: norms that are all ones hide mistakes."""
 
 import jax
 import numpy as np

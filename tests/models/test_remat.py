@@ -42,7 +42,9 @@ def unsaved(problem):
     return jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, NONE)
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in POLICIES if name != "full"), "full"])
+@pytest.mark.parametrize(
+    "name", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in POLICIES if name != "full")]
+)
 def test_every_policy_gives_the_same_gradients(name, problem, unsaved):
     params, loss = problem
     value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, POLICIES[name])
@@ -61,7 +63,8 @@ def residual_bytes(loss, params, remat, scan_layers) -> int:
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_policies_keep_what_they_say(scan_layers, problem):
     params, loss = problem
-    kept = {name: residual_bytes(loss, params, remat, scan_layers) for name, remat in {"none": NONE, **POLICIES}.items()}
+    policies = {"none": NONE, **POLICIES}
+    kept = {name: residual_bytes(loss, params, remat, scan_layers) for name, remat in policies.items()}
     tokens = 2 * tiny.LENGTH * CONFIG.num_layers
     stream = 4 * tokens * CONFIG.embed_dim
     heads = 4 * tokens * CONFIG.num_heads * CONFIG.head_width

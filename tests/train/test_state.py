@@ -71,9 +71,8 @@ def test_arrays_hold_what_the_blueprint_says(rng):
     blueprint = tiny.blueprint_of(CONFIG, tiny.mesh_of(1, 8, 1))
     state = tiny.state_of(blueprint, tiny.random_params(blueprint, rng))
     device = jax.devices()[0]
-    held = sum(
-        shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards if shard.device == device
-    )
+    shards = [shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+    held = sum(shard.data.nbytes for shard in shards if shard.device == device)
     assert held == sum(leaf.bytes_per_device for leaf in leaf_report(blueprint.state))
 
 

@@ -1,0 +1,133 @@
+"""A train step compiled for devices that are not here: what it needs, and what it sends."""
+
+import dataclasses
+import functools
+import os
+import re
+import time
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from lmjax.errors import InputError
+from lmjax.mesh import MeshConfig, make_mesh
+from lmjax.plan.hlo import Collective, collectives
+from lmjax.train.job import Program
+from lmjax.train.step import DeviceBatch, make_step
+
+EXAMPLES = ("v4:2x2x2", "v5e:4x4", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x2", "v6e:16x16", "tpu7x:2x2x1")
+"""Names of topologies; a generation takes every size that its pods come in."""
+
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
+"""What libtpu asks a cloud machine for when it is loaded, and what lets several processes load it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledStep:
+    """One device's share of a compiled train step. Bytes of loops and flops count a loop's body once."""
+
+    argument_bytes: int
+    """State and batch."""
+    output_bytes: int
+    """New state and metrics."""
+    temp_bytes: int
+    """What the step needs besides, at its peak."""
+    alias_bytes: int
+    """Of the outputs, what lies where the donated arguments were."""
+    collectives: dict[str, Collective]
+    """By kind."""
+    flops: float | None
+    """Floating-point operations that the compiler knows of; those of kernels are not among them."""
+    seconds: float
+    """That tracing and compiling took."""
+    text: str = dataclasses.field(repr=False)
+    """The compiled program in HLO."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of device memory that the step needs."""
+        return self.argument_bytes + self.output_bytes + self.temp_bytes - self.alias_bytes
+
+
+@functools.cache
+def topology_devices(name: str) -> tuple[jax.Device, ...]:
+    """The devices of the TPU topology ``name``, such as v5p:4x4x4: 64 chips in a cube.
+
+    Raises InputError for a name that libtpu does not know, and where libtpu is not installed.
+    """
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"topology {name!r}: not one that the TPU compiler knows ({_first_line(error)}). Names are a generation and "
+            f"the sizes of its mesh of chips, such as {', '.join(EXAMPLES)}."
+        ) from error
+    except RuntimeError as error:  # the same class, where there is no library to ask
+        raise InputError(
+            "compiling for TPU needs libtpu, which is not installed. Install the extra: pip install 'lmjax[tpu]'."
+        ) from error
+
+
+def topology_mesh(config: MeshConfig, name: str) -> Mesh:
+    """A mesh of the devices of the TPU topology ``name``. Raises InputError where the sizes do not fit it."""
+    devices = topology_devices(name)
+    try:
+        return make_mesh(config, devices)
+    except NotImplementedError as error:
+        raise InputError(
+            f"mesh: {config} cannot be laid out on {name} so that every axis follows the links between chips "
+            f"({_first_line(error)}). Choose sizes that are products of the topology's own."
+        ) from error
+
+
+def compile_step(program: Program, batch: DeviceBatch) -> CompiledStep:
+    """Compile the train step of ``program``, whose devices need not be here, for batches of the shapes of ``batch``.
+
+    Raises InputError for a step that does not fit the devices' memory.
+    """
+    mesh, platform = program.mesh, program.execution.platform
+    began = time.perf_counter()
+    step = jax.jit(make_step(program.blueprint, program.execution, program.loss), donate_argnums=0)
+    with jax.set_mesh(mesh):
+        lowered = step.trace(program.blueprint.state, batch).lower(lowering_platforms=(platform,))
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise InputError(
+                f"the step does not fit the memory of a {mesh.devices.flat[0].device_kind} on mesh {dict(mesh.shape)}: "
+                f"{_sizes(error)} Lower train.global_batch_size, raise train.accumulation, keep less (train.remat), or "
+                "shard further (mesh.fsdp, mesh.tensor)."
+            ) from error
+    seconds = time.perf_counter() - began
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    text = compiled.as_text()
+    return CompiledStep(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        collectives=collectives(text),
+        flops=costs.get("flops"),
+        seconds=seconds,
+        text=text,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _sizes(error: Exception) -> str:
+    """The first sentence of the compiler's message, which has them; a list of allocations may follow."""
+    found = re.search(r"Ran out of memory.*?(?:\.(?=\s|$)|$)", str(error), re.DOTALL)
+    return str(error) if found is None else " ".join(found[0].split())

@@ -1,0 +1,118 @@
+"""What the text of a compiled program says about its collectives and the shapes of its arrays.
+
+Instructions are counted as they stand in the text: those of a loop's body once, however often the loop runs it.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
+
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+
+
+class Collective(NamedTuple):
+    """The collectives of one kind in a program."""
+
+    count: int
+    bytes: int
+    """On one device, over all of them, each run once: of the operand or the result, whichever is larger."""
+
+
+class Instruction(NamedTuple):
+    """One line of a program."""
+
+    computation: str
+    name: str
+    type: str
+    kind: str
+    arguments: str
+    """What follows the opening parenthesis: operands, then attributes."""
+
+
+class ArrayShape(NamedTuple):
+    """The type of an array on one device."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """Every instruction of a program's text."""
+    computation = ""
+    for line in text.splitlines():
+        if found := _INSTRUCTION.match(line):
+            yield Instruction(computation, *found.groups())
+        elif found := _COMPUTATION.match(line):
+            computation = found[1]
+
+
+def array_shapes(text: str) -> set[ArrayShape]:
+    """The types of all arrays in a program, those inside fusions too, which never reach memory."""
+    found = set()
+    for instruction in instructions(text):
+        found |= {ArrayShape(dtype, dims) for dtype, dims in _arrays(instruction.type)}
+    return found
+
+
+def arrays_above(text: str, rows: int, columns: int) -> set[ArrayShape]:
+    """The arrays of which one dimension has ``rows`` or more and another ``columns`` or more.
+
+    With the length of a sequence for both, these are its T x T scores; with the length and the part of the vocabulary
+    that a device holds, its T x V logits. A device's part of a matrix of parameters has to be smaller than that.
+    """
+    low, high = sorted((rows, columns))
+
+    def is_above(shape: tuple[int, ...]) -> bool:
+        largest = sorted(shape)[-2:]
+        return len(largest) == 2 and largest[0] >= low and largest[1] >= high
+
+    return {found for found in array_shapes(text) if is_above(found.shape)}
+
+
+def collectives(text: str) -> dict[str, Collective]:
+    """The collectives of a program, by kind.
+
+    An asynchronous one counts once, by its start. What a TPU compiler calls all-reduce-scatter, an all-reduce whose
+    result is cut up in the same fusion, is a reduce-scatter.
+    """
+    found = list(instructions(text))
+    types = {instruction.name: instruction.type for instruction in found}
+    totals: dict[str, Collective] = {}
+    for instruction in found:
+        kind = instruction.kind.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        if kind == "all-reduce" and instruction.computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        operands = re.findall(r"%([\w.\-]+)", instruction.arguments.partition(")")[0])
+        operand_bytes = sum(num_bytes(types.get(name, "")) for name in operands)
+        # The type of a start holds operands, results and what the device notes, of which only the sizes are known.
+        is_start = instruction.kind.endswith("-start") and kind != "all-reduce"
+        result_bytes = num_bytes(instruction.type) - (operand_bytes if is_start else 0)
+        count, total = totals.get(kind, (0, 0))
+        totals[kind] = Collective(count + 1, total + max(operand_bytes, result_bytes))
+    return dict(sorted(totals.items()))
+
+
+def num_bytes(type_: str) -> int:
+    """The bytes of an array or of all arrays of a tuple, without padding."""
+    total = 0.0
+    for dtype, dims in _arrays(type_):
+        size = BYTES.get(dtype, 1)
+        for dim in dims:
+            size *= dim
+        total += size
+    return round(total)
+
+
+def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+    # Layouts stand in braces, and what is in them looks like an array in places: {1,0:T(8,128)S(1)}.
+    plain = re.sub(r"\{[^}]*\}", "", type_)
+    return [(dtype, tuple(int(dim) for dim in dims.split(",") if dim)) for dtype, dims in _ARRAY.findall(plain)]

@@ -1,0 +1,165 @@
+"""Generation: what whole forward passes say, token by token, on any mesh and beside any other prompt."""
+
+import numpy as np
+import pytest
+
+from lmjax.errors import InputError
+from lmjax.generate.decode import Generator
+from tests import tiny
+from tests.generate.case import CONFIG, Letters, Uncached, parameters
+
+PROMPTS = [[1, 5, 6], [1, 7, 8, 9, 10, 11, 12], [1]]
+NEW = 9
+
+
+class Endless(Letters):
+    """No token ends a text."""
+
+    eos_id = None
+
+
+def generator_on(shape, rng, tokenizer=None, config=CONFIG):
+    """A function that continues prompts with random parameters on a mesh; the blueprint, and the parameters there."""
+    blueprint = tiny.blueprint_of(config, tiny.mesh_of(*shape))
+    _, params = parameters(blueprint, rng)
+    generator = Generator(blueprint, tiny.FLOAT32, tokenizer or Endless())
+
+    def generate(prompts, *, max_tokens=NEW, temperature=0.0, seed=0):
+        return generator.generate(params, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+    return generate, blueprint, params
+
+
+@pytest.fixture(scope="module")
+def one_device(request):
+    return generator_on((1, 1, 1), np.random.default_rng(request.config.getoption("--seed")))
+
+
+def test_greedy_takes_the_most_probable_token_of_whole_forward_passes(one_device):
+    generate, blueprint, params = one_device
+    uncached = Uncached(blueprint, params)
+    found = generate(PROMPTS)
+    assert [continuation.finished for continuation in found] == [False] * 3
+    rows = np.zeros((3, 16), np.int64)
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    for row, prompt in enumerate(PROMPTS):
+        rows[row, : lengths[row]] = prompt
+    for _ in range(NEW):
+        logits = np.take_along_axis(uncached.logits(rows), (lengths - 1)[:, None, None], 1)
+        rows[np.arange(3), lengths] = logits[:, 0].argmax(-1)
+        lengths += 1
+    for row, prompt in enumerate(PROMPTS):
+        assert found[row].tokens == rows[row, len(prompt) : lengths[row]].tolist()
+    assert len({tuple(continuation.tokens) for continuation in found}) == 3
+
+
+@pytest.fixture(scope="module")
+def eight_devices(request):
+    return generator_on((2, 2, 2), np.random.default_rng(request.config.getoption("--seed")))
+
+
+def check_equal(found, expected):
+    for temperature in (0.0, 0.7):
+        assert found(PROMPTS, temperature=temperature) == expected(PROMPTS, temperature=temperature)
+    assert found(PROMPTS, temperature=0.7, seed=1) != expected(PROMPTS, temperature=0.7)
+
+
+def test_sharded_equals_one_device(one_device, eight_devices):
+    check_equal(eight_devices[0], one_device[0])
+
+
+def test_more_tensor_devices_than_kv_heads_equal_one_device(one_device, seed):
+    generate, _, _ = generator_on((1, 1, 8), np.random.default_rng(seed))
+    check_equal(generate, one_device[0])
+
+
+def test_a_prompt_is_continued_alone_as_among_others_and_its_copies_differently(eight_devices):
+    generate, _, _ = eight_devices  # where batches of one to four prompts have the same shape
+    together = generate([*PROMPTS, PROMPTS[0]], temperature=1.0)
+    alone = generate([PROMPTS[0]], temperature=1.0)
+    assert together[0] == alone[0]
+    assert together[3] != alone[0]
+    assert generate([PROMPTS[0]] * 2, temperature=1.0) == [together[0], together[3]]
+
+
+def test_fewer_tokens_are_the_beginning_of_more(one_device):
+    generate, _, _ = one_device
+    longer, shorter = generate(PROMPTS, max_tokens=NEW + 5), generate(PROMPTS)
+    assert [continuation.tokens[:NEW] for continuation in longer] == [continuation.tokens for continuation in shorter]
+    assert {len(continuation.tokens) for continuation in longer} == {NEW + 5}
+
+
+def test_a_text_ends_where_the_model_ends_it(one_device, seed):
+    endless = one_device[0](PROMPTS)
+    ending = next(token for token in endless[0].tokens if token not in endless[1].tokens)
+    tokenizer = Letters()
+    tokenizer.eos_id = ending
+    generate, _, _ = generator_on((1, 1, 1), np.random.default_rng(seed), tokenizer)
+    first, second, _ = generate(PROMPTS)
+    assert first.finished
+    assert first.tokens == endless[0].tokens[: endless[0].tokens.index(ending)]
+    assert second == endless[1]
+
+
+def test_texts_are_continued_without_the_prompt(one_device):
+    _, blueprint, params = one_device
+    generator = Generator(blueprint, tiny.FLOAT32, Endless())
+    assert generator.encode("cd") == PROMPTS[0]
+    texts = generator.generate_texts(params, ["cd", ""], max_tokens=NEW, temperature=0.0, seed=0)
+    tokens = one_device[0]([PROMPTS[0], PROMPTS[2]])
+    assert texts == [Letters().decode(continuation.tokens) for continuation in tokens]
+    assert all(texts)
+
+
+@pytest.mark.fast
+def test_what_cannot_be_continued_is_refused(rng):
+    blueprint = tiny.blueprint_of(CONFIG, tiny.mesh_of(1, 1, 1))
+    generator = Generator(blueprint, tiny.FLOAT32, Letters())
+
+    def refused(message, prompt=PROMPTS[1], **options):
+        with pytest.raises(InputError, match=message):
+            generator.generate(None, [prompt], **({"max_tokens": 9, "temperature": 0.0, "seed": 0} | options))
+
+    refused(r"7 tokens and 26 new ones make 33, but model.max_length is 32.*at most 25 new", max_tokens=26)
+    refused("number of new tokens is 0", max_tokens=0)
+    refused("temperature is -0.1", temperature=-0.1)
+    refused("temperature is nan", temperature=float("nan"))
+    assert generator.generate(None, [], max_tokens=9, temperature=0.0, seed=0) == []
+    beginningless = Letters()
+    beginningless.bos_id = None
+    with pytest.raises(InputError, match="a prompt is empty"):
+        Generator(blueprint, tiny.FLOAT32, beginningless).encode("")
+
+
+def test_greedy_equals_transformers(rng):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from tests.models.test_parity import as_transformers
+
+    config = tiny.with_changes(tiny.CONFIG, num_kv_heads=2, max_length=32)
+    blueprint = tiny.blueprint_of(config, tiny.mesh_of(1, 1, 1))
+    arrays, params = parameters(blueprint, rng)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_length,
+            hidden_size=config.embed_dim,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_width,
+            rms_norm_eps=config.norm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=False,
+        )
+    )
+    tensors = as_transformers(config, arrays)
+    model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()})
+    generator = Generator(blueprint, tiny.FLOAT32, Endless())
+    found = generator.generate(params, PROMPTS, max_tokens=NEW, temperature=0.0, seed=0)
+    for prompt, continuation in zip(PROMPTS, found, strict=True):
+        theirs = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert continuation.tokens == theirs[0, len(prompt) :].tolist()

@@ -1,0 +1,62 @@
+"""What launch/local.sh promises about environments, output, signals and exit codes; the commands are plain shell."""
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fast
+
+LAUNCH = Path(__file__).parents[2] / "launch" / "local.sh"
+WAIT_FOR_TERM = "trap 'exit 75' TERM; echo ready; while :; do sleep 0.05; done"
+
+
+def launch(number: str, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([LAUNCH, number, "bash", "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_each_process_has_a_number_a_coordinator_and_a_prefix():
+    done = launch("3", "echo $JAX_PROCESS_ID of $JAX_NUM_PROCESSES at ${JAX_COORDINATOR_ADDRESS%:*}; echo told >&2")
+    assert done.returncode == 0
+    assert sorted(done.stdout.splitlines()) == [f"[{number}] {number} of 3 at 127.0.0.1" for number in range(3)]
+    assert sorted(done.stderr.splitlines()) == [f"[{number}] told" for number in range(3)]
+
+
+def test_all_have_the_same_port():
+    done = launch("2", "echo $JAX_COORDINATOR_ADDRESS")
+    assert len({line.split()[1] for line in done.stdout.splitlines()}) == 1
+
+
+def test_one_that_fails_ends_the_others_and_its_code_is_returned():
+    done = launch("2", f"if ((JAX_PROCESS_ID)); then exit 3; fi; {WAIT_FOR_TERM}")
+    assert done.returncode == 3
+    assert "process 1 ended with exit code 3" in done.stderr
+
+
+def test_one_that_is_killed_ends_the_others():
+    done = launch("2", f"if ((JAX_PROCESS_ID)); then kill -KILL $$; fi; {WAIT_FOR_TERM}")
+    assert done.returncode == 128 + signal.SIGKILL
+
+
+def test_a_stop_with_a_saved_state_ends_nobody():
+    done = launch("2", 'if ((JAX_PROCESS_ID)); then exit 75; fi; read -t 0.2 < <(sleep 1); echo "went on"')
+    assert done.returncode == 75
+    assert "[0] went on" in done.stdout
+
+
+def test_a_signal_reaches_every_process():
+    command = [LAUNCH, "2", "bash", "-c", WAIT_FOR_TERM]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert sorted(running.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+        running.send_signal(signal.SIGTERM)
+        assert running.wait() == 75
+
+
+@pytest.mark.parametrize("number", ["0", "two", "-1"])
+def test_a_number_that_is_none_is_refused(number):
+    done = launch(number, "echo started")
+    assert done.returncode == 2
+    assert "usage: launch/local.sh NUM_PROCESSES COMMAND" in done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,129 @@
+"""What is wrong with a run's input ends it with exit code 2 and one message, and nothing is overwritten."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.command import lmjax
+
+Experiment = Callable[..., str]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one message of a command that exits 2."""
+    capsys.readouterr()
+    assert lmjax(*arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("lmjax: ")
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stepz=3", "train.steps"),
+        ("train.steps=many", "a whole number"),
+        ("train.steps=true", "a whole number"),
+        ("train.steps", "train.steps"),
+        ("mesh.data=3", "3"),
+        ("mesh.data=16", "16"),
+        ("train.global_batch_size=9", "9 mod 8 = 1"),
+        ("model.vocab_size=100", "258"),
+        ("model.num_heads=5", "32 mod 5"),
+        ("data.sequence_length=65", "model.max_length"),
+        ("train.remat.policy=most", "attention"),
+        ("train.remat.save=[query]", "policy save"),
+        ("precision.gradient_reduction=float32", "changes nothing"),
+        ("train.attention_kernel=splash", "reference"),
+        ("evaluate.temperature=1.0", "prompts"),
+        ("optimizer.schedule=constant optimizer.end_fraction=0.5", "cosine"),
+        ("data.path=/nowhere/at/all", "lmjax data prepare"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_before_anything_is_written(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
+):
+    message = refused(capsys, "train", experiment("run"), *override.split(" "))
+    assert said in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_model_whose_heads_tensor_does_not_divide_is_refused_with_the_arithmetic(
+    experiment: Experiment, capsys: pytest.CaptureFixture[str]
+):
+    assert "4 mod 8 = 4" in refused(capsys, "train", experiment("run"), "mesh.fsdp=1", "mesh.tensor=8")
+
+
+def test_a_run_directory_of_another_experiment_is_refused_and_left_alone(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.txt").write_text("mine")
+    assert "not a run" in refused(capsys, "train", experiment("run"))
+    assert [path.name for path in run.iterdir()] == ["thesis.txt"]
+    (run / "thesis.txt").unlink()
+    assert lmjax("train", experiment("run", train={"steps": 1})) == 0
+    before = (run / "config.yaml").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    message = refused(capsys, "train", experiment("run", train={"seed": 5}, optimizer={"beta2": 0.9}))
+    assert "train.seed" in message
+    assert "optimizer.beta2" in message
+    assert "train.steps" in message.splitlines()[-1], "what may change is said"
+    assert ((run / "config.yaml").read_bytes(), (run / "metrics.jsonl").read_bytes()) == before
+
+
+def test_no_permission_to_write_is_one_message(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("in the way")
+    message = refused(capsys, "train", experiment("run"), f"run_dir={tmp_path}/file/run")
+    assert str(tmp_path / "file") in message
+
+
+@pytest.fixture
+def damaged(dataset: dict, tmp_path: Path) -> Path:
+    """A copy of the dataset to damage."""
+    return Path(shutil.copytree(dataset["path"], tmp_path / "damaged"))
+
+
+def test_a_corrupt_or_missing_shard_is_named(experiment: Experiment, damaged: Path, capsys: pytest.CaptureFixture[str]):
+    shard = next(damaged.glob("train-*.arrayrecord"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert shard.name in refused(capsys, "train", experiment("run"), f"data.path={damaged}")
+    shard.unlink()
+    assert shard.name in refused(capsys, "train", experiment("run"), f"data.path={damaged}")
+
+
+def test_a_corrupt_plan_is_named(experiment: Experiment, damaged: Path, capsys: pytest.CaptureFixture[str]):
+    plan = next(damaged.glob("plan-train-*pieces.npy"))
+    content = bytearray(plan.read_bytes())
+    content[-1] ^= 1
+    plan.write_bytes(content)
+    assert plan.name in refused(capsys, "train", experiment("run"), f"data.path={damaged}")
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(experiment: Experiment, capsys: pytest.CaptureFixture[str]):
+    message = refused(
+        capsys, "train", experiment("run"), "tokenizer={kind: sentencepiece, vocab_size: 300}", "model.vocab_size=300"
+    )
+    assert "tokenizer" in message
+
+
+def test_a_dataset_that_is_not_the_checkpoints_is_refused(
+    experiment: Experiment, damaged: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = experiment("run")
+    assert lmjax("train", file, f"data.path={damaged}", "train.steps=2") == 0
+    index = json.loads((damaged / "index.json").read_text())
+    index["tokenizer"]["fingerprint"] = "0" * 64
+    (damaged / "index.json").write_text(json.dumps(index))
+    for plan in damaged.glob("plan-*"):
+        plan.unlink()
+    message = refused(capsys, "train", file, f"data.path={damaged}")
+    assert "trained on the dataset" in message or "tokenizer" in message

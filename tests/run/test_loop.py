@@ -1,0 +1,141 @@
+"""A run from the command line: its files, its resumption bit for bit, and how it ends."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lmjax.train import loop
+from lmjax.train.step import StepMetrics
+from tests.command import lmjax
+
+Experiment = Callable[..., str]
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_rows(run: Path) -> list[tuple]:
+    """What has to be the same, bit for bit, in every run of an experiment."""
+    found = [row for row in rows(run) if "loss" in row]
+    return [(row["step"], row["batch_hash"], row["loss"], row["grad_norm"], row["tokens"]) for row in found]
+
+
+def evaluation_rows(run: Path) -> list[tuple]:
+    return [(row["step"], row["eval_loss"]) for row in rows(run) if "eval_loss" in row]
+
+
+@pytest.fixture
+def whole(experiment: Experiment, tmp_path: Path) -> Path:
+    """An uninterrupted run."""
+    assert lmjax("train", experiment("whole")) == 0
+    return tmp_path / "whole"
+
+
+def test_a_run_writes_its_files_and_a_second_start_says_that_it_is_done(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+):
+    names = {path.name for path in whole.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "log.txt", "report.html"}
+    found = rows(whole)
+    assert [row["step"] for row in found if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in found if "eval_loss" in row] == [0, 3, 6]
+    keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "step_seconds", "mfu"}
+    keys |= {"memory_bytes", "batch_hash"}
+    assert all(keys <= set(row) for row in found if "loss" in row)
+    evaluation = [row for row in found if "eval_loss" in row]
+    assert all({"step", "eval_loss", "perplexity", "unigram_loss"} <= set(row) for row in evaluation)
+    assert evaluation[-1]["eval_loss"] < evaluation[0]["eval_loss"]
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"2", "4", "6"}
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert lmjax("train", str(whole / "config.yaml")) == 0
+    assert "all 6 steps are done" in capsys.readouterr().out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", ["2", "4"])
+def test_a_run_that_lost_its_later_steps_ends_with_the_same_bits(whole: Path, kept: str):
+    expected, evaluations = train_rows(whole), evaluation_rows(whole)
+    for step in (whole / "checkpoints").iterdir():
+        if int(step.name) > int(kept):
+            shutil.rmtree(step)
+    assert lmjax("train", str(whole / "config.yaml")) == 0
+    assert train_rows(whole) == expected
+    assert evaluation_rows(whole) == evaluations
+
+
+def test_another_seed_gives_other_batches_and_losses(whole: Path, experiment: Experiment, tmp_path: Path):
+    assert lmjax("train", experiment("other", train={"seed": 1})) == 0
+    for one, other in zip(train_rows(whole), train_rows(tmp_path / "other"), strict=True):
+        assert one[1] != other[1]
+        assert one[2] != other[2]
+
+
+def test_a_signal_saves_and_exits_75_and_the_run_goes_on(
+    whole: Path, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    make = loop.batch_maker
+
+    def with_signal(*arguments):
+        inner = make(*arguments)
+
+        def batch(step: int):
+            if step == 2:  # the third batch is made at the latest while the first update is under way
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(step)
+
+        return batch
+
+    monkeypatch.setattr(loop, "batch_maker", with_signal)
+    file = experiment("stopped")
+    assert lmjax("train", file) == 75
+    run = tmp_path / "stopped"
+    saved = [int(path.name) for path in (run / "checkpoints").iterdir()]
+    assert max(saved) == train_rows(run)[-1][0] < 6
+    monkeypatch.undo()
+    assert lmjax("train", file) == 0
+    assert train_rows(run) == train_rows(whole)
+
+
+def test_a_loss_that_is_not_finite_exits_3_with_the_last_checkpoint_intact(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    compiled = loop.compile_step
+
+    def spoiled(*arguments):
+        step = compiled(*arguments)
+
+        def run(state, batch):
+            number = int(state.step) + 1
+            state, metrics = step(state, batch)
+            return state, StepMetrics(metrics.loss * float("nan"), *metrics[1:]) if number == 4 else metrics
+
+        return run
+
+    monkeypatch.setattr(loop, "compile_step", spoiled)
+    monkeypatch.setattr(loop.jax, "transfer_guard", lambda _: contextlib.nullcontext())  # spoiling moves scalars
+    file = experiment("diverged")
+    assert lmjax("train", file) == 3
+    assert "step 4: loss is nan" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "diverged" / "checkpoints").iterdir()) == ["2"]
+    assert lmjax("checkpoint", "verify", str(tmp_path / "diverged" / "checkpoints")) == 0
+
+
+def test_a_dry_run_prints_every_leaf_and_writes_nothing(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert lmjax("train", experiment("dry"), "mesh.fsdp=4", "mesh.tensor=2", "--dry-run", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    leaves = {leaf["path"]: leaf for leaf in printed["leaves"]}
+    table = leaves["params.embed.table"]
+    assert table["spec"] == "P('tensor', 'fsdp')"
+    assert table["bytes_per_device"] == 384 * 32 * 4 // 8
+    assert any(path.startswith("opt_state") for path in leaves)
+    assert printed["bytes_per_device"] == sum(leaf["bytes_per_device"] for leaf in leaves.values())
+    assert not (tmp_path / "dry").exists()
