@@ -11,12 +11,10 @@ VENV_NEWEST ?= .venv-newest
 VENV_JAX_0_11 ?= .venv-jax-0.11
 EXTRAS ?= dev,tpu
 WORKERS ?= 2
-CONFIG ?= configs/quickstart.yaml
 
 PYTHON ?= $(shell .ci/find-python 3.11 3.12 3.13 3.14)
 PYTHON_NEWEST ?= $(shell .ci/find-python 3.12 3.13 3.14)
 
-export TPU_SKIP_MDS_QUERY ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 bin = $(VENV)/bin
 pytest = $(bin)/python -m pytest
@@ -38,11 +36,11 @@ env: $(VENV)/.ready ## make the environment in .venv (or $VENV)
 
 .PHONY: quickstart
 quickstart: env ## train a small model on Python's own library, from text to samples
-	$(bin)/lmjax data prepare $(CONFIG)
-	$(bin)/lmjax train $(CONFIG)
+	$(bin)/lmjax data prepare configs/quickstart.yaml
+	$(bin)/lmjax train configs/quickstart.yaml
 	$(bin)/lmjax evaluate runs/quickstart
-	$(bin)/lmjax generate runs/quickstart
-	$(bin)/lmjax report runs/quickstart
+	$(bin)/lmjax generate runs/quickstart --prompt 'def ' --prompt 'import ' --prompt 'class ' --prompt '    for '
+	@echo 'The curves: runs/quickstart/report.html'
 
 ##@ Test
 .PHONY: test-fast

@@ -52,11 +52,11 @@ Update = Callable[[np.ndarray, np.ndarray], float]
 """One update on tokens and targets; the loss. It returns when the update is done."""
 
 
-def our_update(scan_layers: bool, remat: str, chunk_tokens: int) -> tuple[Update, dict]:
+def our_update(scan_layers: bool, remat: RematConfig, chunk_tokens: int) -> tuple[Update, dict]:
     """The update, and the parameters that it starts from as numpy arrays."""
     mesh = single_device_mesh()
     blueprint = make_blueprint(MODEL, OPTIMIZER, STEPS, mesh)
-    execution = Execution(compute_dtype=jnp.dtype("float32"), remat=RematConfig(policy=remat), scan_layers=scan_layers)
+    execution = Execution(compute_dtype=jnp.dtype("float32"), remat=remat, scan_layers=scan_layers)
     step = jax.jit(make_step(blueprint, execution, LossOptions(chunk_tokens=chunk_tokens)), donate_argnums=0)
     state = init_state(blueprint, 0)
     initial = jax.device_get(state.params)
@@ -124,7 +124,7 @@ def main() -> None:
     batches = [(np.ascontiguousarray(row[:, :-1]), np.ascontiguousarray(row[:, 1:])) for row in rows]
     ours_batches = [(tokens.astype(np.int32), targets.astype(np.int32)) for tokens, targets in batches]
 
-    ours, initial = our_update(arguments.scan_layers, arguments.remat, arguments.chunk_tokens)
+    ours, initial = our_update(arguments.scan_layers, RematConfig(policy=arguments.remat), arguments.chunk_tokens)
     theirs = torch_update(initial)
     our_losses = [ours(*batch) for batch in ours_batches]
     their_losses = [theirs(*batch) for batch in batches]

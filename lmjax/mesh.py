@@ -18,6 +18,9 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes over which the sequences of a batch are split."""
 
+SHUTDOWN_SECONDS = 60
+"""How long a process that ends waits for the others: one that failed alone must not hold up its launcher for long."""
+
 
 @config_class
 class MeshConfig:
@@ -98,4 +101,9 @@ def start_distributed() -> None:
         numbers[name] = int(value)
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, numbers["JAX_NUM_PROCESSES"], numbers["JAX_PROCESS_ID"])
+    jax.distributed.initialize(
+        address,
+        numbers["JAX_NUM_PROCESSES"],
+        numbers["JAX_PROCESS_ID"],
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )

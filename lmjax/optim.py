@@ -52,7 +52,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate by the number of finished updates, for a run of ``num_steps``."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "constant":
-        curve = optax.warmup_constant_schedule(0.0, peak, warmup)
+        curve = optax.linear_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
     else:
         fraction = 0.1 if config.end_fraction is None else config.end_fraction
         last = max(num_steps, warmup + 1)

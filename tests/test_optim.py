@@ -26,10 +26,11 @@ def test_cosine_is_optax_warmup_cosine_one_update_on(warmup):
 
 
 @pytest.mark.fast
-def test_constant_stays_at_its_peak():
-    schedule = make_schedule(OptimizerConfig(learning_rate=PEAK, schedule="constant", warmup_steps=4), 10)
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_constant_stays_at_its_peak(warmup):
+    schedule = make_schedule(OptimizerConfig(learning_rate=PEAK, schedule="constant", warmup_steps=warmup), 10)
     found = [float(schedule(count)) for count in range(10)]
-    assert found == pytest.approx([PEAK * min(1, (i + 1) / 4) for i in range(10)])
+    assert found == pytest.approx([PEAK * min(1, (i + 1) / max(warmup, 1)) for i in range(10)])
 
 
 @pytest.mark.fast

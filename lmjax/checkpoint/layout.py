@@ -4,6 +4,13 @@ import typing
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+
+
+def absolute(directory: epath.PathLike) -> epath.Path:
+    """The path as Orbax wants it: on a local disk from the root, in an object store as it is."""
+    path = epath.Path(directory)
+    return path if path.is_absolute() else path.absolute()
 
 
 def flatten(state: typing.Any) -> dict[str, typing.Any]:

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lmjax.checkpoint import processes
-from lmjax.checkpoint.layout import flatten, handler, multiprocessing_options, split_parts
+from lmjax.checkpoint.layout import absolute, flatten, handler, multiprocessing_options, split_parts
 from lmjax.checkpoint.manifest import LeafEntry, Manifest, check_files, list_steps, read_manifest, unexpected_files
 from lmjax.errors import InputError
 
@@ -49,7 +49,7 @@ def restore(
     Returns None where there is no checkpoint: no directory, or no committed step in it. Raises InputError where there
     are steps and none is good, and where the arrays are not those of ``target``: neither is ever taken for a start.
     """
-    directory = epath.Path(directory)
+    directory = absolute(directory)
     expected = _expected(target, part)
     steps: list[int] = processes.share(list_steps(directory))
     if step is not None and step not in steps:

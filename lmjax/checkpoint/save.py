@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lmjax.checkpoint import processes
-from lmjax.checkpoint.layout import flatten, handler, multiprocessing_options, split_parts
+from lmjax.checkpoint.layout import absolute, flatten, handler, multiprocessing_options, split_parts
 from lmjax.checkpoint.manifest import (
     MANIFEST,
     LeafEntry,
@@ -49,16 +49,16 @@ class CheckpointConfig:
 
 
 class Saver:
-    """Saves the state of a run in ``directory``, in the background.
+    """Saves the state of a run in ``directory``, in the background. End it with ``close``, whatever happens between.
 
-    Every process of the run builds one and calls its methods in the same order; the directory is on a disk that all of
-    them see. What goes wrong in the background is raised as InputError by the next ``save``, ``wait`` or ``close``; the
-    steps that were saved before stay as they are.
+    Every process of the run builds one and calls ``save`` and ``wait`` in the same order; the directory is on a disk
+    that all of them see. What goes wrong in the background is raised as InputError by the next ``save``, ``wait`` or
+    ``close``; the steps that were saved before stay as they are.
     """
 
     def __init__(self, directory: str, config: CheckpointConfig) -> None:
         """Create ``directory`` and remove what killed saves left in it. Raises InputError where that is not allowed."""
-        self.directory = epath.Path(directory)
+        self.directory = absolute(directory)
         self._config = config
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._saved: int | None = None
@@ -101,24 +101,35 @@ class Saver:
         """Return when the last save is durable, on every process. Raises InputError where it failed on any of them."""
         if self._pending is None:
             return
-        (step, future), self._pending = self._pending, None
-        cause = None
-        try:
-            future.result()
-        except SAVE_ERRORS as error:
-            cause = error
+        step, cause = self._settle()
         failures = [line for line in processes.gather(None if cause is None else str(cause)) if line]
         if failures:
             raise self._failed(step, failures[0]) from cause
         self._saved = step
 
     def close(self) -> None:
-        """Wait for the last save and end the background thread."""
+        """Let this process finish its part of the last save, and end the background thread.
+
+        It waits for no other process, so that one which leaves because of an error does leave.
+        """
         try:
-            self.wait()
+            if self._pending is not None:
+                step, cause = self._settle()
+                if cause is not None:
+                    raise self._failed(step, str(cause)) from cause
         finally:
             self._thread.shutdown()
             self._orbax.close()
+
+    def _settle(self) -> tuple[int, Exception | None]:
+        """The step that was pending, and what went wrong with it in this process."""
+        assert self._pending is not None
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except SAVE_ERRORS as error:
+            return step, error
+        return step, None
 
     def _finish(self, step: int, leaves: dict[str, LeafEntry], metadata: dict[str, typing.Any]) -> None:
         self._orbax.wait_until_finished()

@@ -1,12 +1,19 @@
 """``lmjax data``: turn text into token shards, and look at them."""
 
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmjax.cli.arguments import AsJson, ConfigFile, Overrides
 from lmjax.cli.table import print_json, print_table
+
+if TYPE_CHECKING:
+    from lmjax.data.prepare import Progress
 
 
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -16,11 +23,41 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: lmjax data prepare configs/quickstart.yaml data.path=data/mine
     """
-    from lmjax import config as configs
+    from lmjax.config import load
     from lmjax.data.prepare import prepare as prepare_dataset
 
-    run = configs.load(config, overrides or [])
-    prepare_dataset(run.data, run.tokenizer)
+    run = load(config, overrides or [])
+    with _progress() as report:
+        prepare_dataset(run.data, run.tokenizer, progress=report)
+
+
+@contextlib.contextmanager
+def _progress() -> "Iterator[Callable[[Progress], None]]":
+    """Show how far a preparation is: a bar on a terminal, else one line a stage."""
+    import rich.progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[counts]}"),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bars:
+        tasks = {}
+
+        def report(progress: "Progress") -> None:
+            if progress.stage not in tasks:
+                tasks[progress.stage] = bars.add_task(progress.stage, counts="")
+                if not console.is_terminal:
+                    print(f"{progress.stage} ...", file=sys.stderr)
+            counts = f"{progress.documents:,} documents, {progress.tokens:,} tokens" if progress.documents else ""
+            bars.update(tasks[progress.stage], completed=progress.done, total=progress.total, counts=counts)
+
+        yield report
 
 
 def inspect(
@@ -63,18 +100,31 @@ def inspect(
         packing=packing,
         num_samples=samples,
     )
+    left_out = {
+        "duplicate": index.duplicate_documents,
+        "empty": index.empty_documents,
+        "unreadable": index.num_skipped,
+    }
     if as_json:
         print_json(
             {
                 "directory": directory,
+                "tokenizer": dataclasses.asdict(index.tokenizer),
+                "left_out": left_out,
+                "skipped": [dataclasses.asdict(entry) for entry in index.skipped],
                 "splits": [split._asdict() for split in found.splits],
                 "packing": [row._asdict() for row in found.packing],
                 "samples": [[piece._asdict() for piece in row] for row in found.samples],
             }
         )
         return
+    tokenizer = index.tokenizer
+    print(f"{directory}: {tokenizer.kind} tokenizer of {tokenizer.vocab_size:,} tokens")
+    print(f"left out: {', '.join(f'{count:,} {reason}' for reason, count in left_out.items())}")
+    for entry in index.skipped:
+        print(f"  {entry.name}: {entry.reason}")
     print_table(
-        f"{directory}: tokens per document, by quantile",
+        "Documents, tokens each",
         ["split", "shards", "documents", "tokens", *(f"{part:.0%}" for part in QUANTILES)],
         [[*split[:4], *split.tokens_per_document.values()] for split in found.splits if split.documents],
     )

@@ -67,12 +67,12 @@ def read_text(file: str) -> str:
 
 def score_file(opened: OpenModel, content: str, name: str, stride: int | None) -> dict[str, Any]:
     """nll, tokens and perplexity of a text."""
-    from lmjax.generate.score import document_tokens, score_tokens
+    from lmjax.generate.score import Scorer, document_tokens
 
     tokens = document_tokens(opened.tokenizer, content)
     if len(tokens) < 2:
         raise InputError(f"{name}: {len(tokens)} token(s), and the first is not scored; give a longer text")
-    score = score_tokens(opened.blueprint, opened.execution, opened.params, tokens, stride=stride)
+    score = Scorer(opened.blueprint, opened.execution).score(opened.params, tokens, stride=stride)
     return {"nll": score.nll, "tokens": score.tokens, "perplexity": score.perplexity}
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from etils import epath
 
 from lmjax.errors import InputError
 
@@ -89,8 +88,10 @@ def open_model(model: str, overrides: Sequence[str], effective: Sequence[str]) -
     )
 
 
-def _find(model: str) -> tuple[epath.Path, int | None]:
-    """The run directory that ``model`` is or lies in, and the step that it names."""
+def _find(model: str) -> tuple[Any, int | None]:
+    """The run directory (an epath.Path) that ``model`` is or lies in, and the step that it names."""
+    from etils import epath
+
     path = epath.Path(model)
     if (path / "config.yaml").exists():
         return path, None

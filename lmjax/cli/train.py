@@ -42,8 +42,8 @@ def train(
         return
     failure = None
     if jax.process_index() == 0:
-        make_program(job)  # a mesh or a batch that cannot be is refused before anything is written
         try:
+            make_program(job)  # a mesh or a batch that cannot be is refused before anything is written
             open_run(loaded)
         except InputError as error:
             failure = str(error)

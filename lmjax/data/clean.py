@@ -3,10 +3,12 @@
 import functools
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import Literal
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters but tab and newline, and halves of surrogate pairs, which no UTF-8 can hold."""
+_REPAIRABLE = re.compile("[\x80-\x9f\ud800-\udfff]")
 
 
 def clean(text: str, *, normalize: Literal["NFC", "NFKC"] | None, repair: bool) -> str:
@@ -14,7 +16,7 @@ def clean(text: str, *, normalize: Literal["NFC", "NFKC"] | None, repair: bool) 
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if repair and not text.isascii():
-        text = _ftfy()(text)
+        text = _repair()(text)
     text = _CONTROL.sub("", text)
     if normalize is not None and not text.isascii():
         text = unicodedata.normalize(normalize, text)
@@ -22,9 +24,10 @@ def clean(text: str, *, normalize: Literal["NFC", "NFKC"] | None, repair: bool) 
 
 
 @functools.cache
-def _ftfy():
-    """The repair of wrong decodings alone: what ftfy also offers (straight quotes, no ligatures) changes the text."""
-    import ftfy  # a tenth of a second, and only texts beyond ASCII need it
+def _repair() -> Callable[[str], str]:
+    """ftfy's repair of wrong decodings alone: what else it offers (straight quotes, no ligatures) changes the text."""
+    import ftfy  # here, since it takes a tenth of a second and only prose beyond ASCII needs it
+    from ftfy.badness import is_bad
 
     config = ftfy.TextFixerConfig(
         unescape_html=False,
@@ -35,6 +38,10 @@ def _ftfy():
         fix_line_breaks=False,
         remove_control_chars=False,
         normalization=None,
-        explain=False,
     )
-    return functools.partial(ftfy.fix_text, config=config)
+
+    def repair(text: str) -> str:
+        # ftfy asks the same of every line, several times, before it changes one; most documents end here.
+        return ftfy.fix_text(text, config) if _REPAIRABLE.search(text) or is_bad(text) else text
+
+    return repair

@@ -62,7 +62,8 @@ class Inspection(NamedTuple):
     packing: list[PackingSummary]
     """Every way of packing beside the others, for each sequence length and split."""
     samples: list[list[SamplePiece]]
-    """Rows spread evenly over the training split's plan of the first sequence length, each as its pieces in order."""
+    """Rows of the training split for the first sequence length, each as its pieces in order: spread evenly over those
+    that hold several pieces, if there are any."""
 
 
 def inspect_dataset(
@@ -114,7 +115,10 @@ def _packing_summary(plan: Plan) -> PackingSummary:
 
 def _sample_rows(documents: Documents, plan: Plan, tokenizer: Tokenizer, num_rows: int) -> list[list[SamplePiece]]:
     samples = []
-    for row in np.unique(np.linspace(0, plan.num_rows - 1, min(num_rows, plan.num_rows)).astype(np.int64)):
+    rows = np.flatnonzero(np.diff(plan.layout.row_starts) > 1)
+    if len(rows) == 0:
+        rows = np.arange(plan.num_rows)
+    for row in rows[np.linspace(0, len(rows) - 1, min(num_rows, len(rows))).astype(np.int64)]:
         pieces = plan.layout.pieces[plan.layout.row_starts[row] : plan.layout.row_starts[row + 1]]
         samples.append(
             [

@@ -23,6 +23,8 @@ BATCH_CHARACTERS = 2**20
 MIN_PART_BYTES, MAX_PART_BYTES = 2**19, 2**25
 PARTS = 256
 """Into about so many parts sources are cut, within the bounds on a part's bytes."""
+MAX_NAMED = 100
+"""How many skipped inputs are named; all are counted."""
 
 
 class Recipe(NamedTuple):
@@ -61,7 +63,10 @@ class PartSums(NamedTuple):
     tokens: int
     empty: int
     """Documents with nothing but whitespace."""
+    num_skipped: int
+    """Files, or lines of files, that could not be read as text."""
     skipped: tuple[SkippedInput, ...]
+    """The first of them."""
 
 
 class SplitOfPart(NamedTuple):
@@ -107,8 +112,11 @@ def make_part(job: PartJob) -> PartSums:
     for batch in _batches(texts):
         for split, batch_digests, batch_texts in _by_split(batch, recipe.validation_fraction):
             flat, batch_lengths = encode_documents(tokenizer, batch_texts, recipe.dtype)
-            digests[split] += batch_digests
-            lengths[split] += batch_lengths
+            # A model from elsewhere may normalize a whole text away.
+            held = [number for number, length in enumerate(batch_lengths) if length]
+            texts.empty += len(batch_lengths) - len(held)
+            digests[split] += [batch_digests[number] for number in held]
+            lengths[split] += [batch_lengths[number] for number in held]
             tokens[split].append(flat)
     arrays = {}
     for split in SPLITS:
@@ -119,6 +127,7 @@ def make_part(job: PartJob) -> PartSums:
         documents=sum(map(len, lengths.values())),
         tokens=sum(map(sum, lengths.values())),
         empty=texts.empty,
+        num_skipped=texts.num_skipped,
         skipped=tuple(texts.skipped),
     )
     notes = {**sums._asdict(), "skipped": [(found.name, found.reason) for found in sums.skipped]}
@@ -173,6 +182,7 @@ class _Texts:
 
     def __init__(self, job: PartJob):
         self.empty = 0
+        self.num_skipped = 0
         self.skipped: list[SkippedInput] = []
         self._job = job
 
@@ -182,7 +192,9 @@ class _Texts:
             repair = recipe.ftfy and piece.file.content == "prose"
             for found in read_texts(piece):
                 if isinstance(found, SkippedInput):
-                    self.skipped.append(found)
+                    self.num_skipped += 1
+                    if len(self.skipped) < MAX_NAMED:
+                        self.skipped.append(found)
                     continue
                 text = clean(found, normalize=recipe.normalize, repair=repair)
                 if text.isspace() or not text:

@@ -21,7 +21,7 @@ from lmjax.data.config import DataConfig
 from lmjax.data.files import write_bytes, writing
 from lmjax.data.index import INDEX_FILE, Index, TokenizerEntry, read_index, write_index
 from lmjax.data.merge import make_shard, select
-from lmjax.data.parts import PartJob, PartSums, Recipe, make_part, part_jobs, read_sums
+from lmjax.data.parts import MAX_NAMED, PartJob, PartSums, Recipe, make_part, part_jobs, read_sums
 from lmjax.data.plans import ensure_plan
 from lmjax.data.sample import sample_texts, train_model
 from lmjax.data.shards import token_dtype
@@ -40,8 +40,6 @@ from lmjax.data.workers import Workers
 from lmjax.errors import InputError
 
 UNFINISHED = ".unfinished"
-MAX_NAMED = 100
-"""How many skipped inputs the index names; it counts all of them."""
 NOT_OF_THE_DATASET = ("path", "num_workers", "sequence_length", "packing")
 """Fields of the config that the shards do not depend on."""
 
@@ -82,7 +80,9 @@ def prepare(
     else:
         files = list_files(data.sources)
         with _unfinished(directory) as work, Workers(data.num_workers) as workers:
-            if (work / INDEX_FILE).is_file():
+            if (directory / INDEX_FILE).is_file():  # another process was just ending
+                index = _find_prepared(directory, options, data, announce)
+            elif (work / INDEX_FILE).is_file():
                 index = read_index(work)
                 _compare(directory, index.options, options)
             else:
@@ -198,11 +198,12 @@ def _make(
         parts, directory=work, shard_bytes=data.shard_bytes, dtype=dtype, vocab_size=tokenizer.vocab_size
     )
     documents, tokens = sum(part.documents for part in sums), sum(part.tokens for part in sums)
-    skipped = [entry for part in sums for entry in part.skipped]
+    num_skipped = sum(part.num_skipped for part in sums)
+    skipped = tuple(entry for part in sums for entry in part.skipped)[:MAX_NAMED]
     if not any(job.split == "train" for job in selection.jobs):
         raise InputError(
             f"data.sources: no text to train on in {len(files)} files: {sum(part.empty for part in sums)} documents "
-            f"are empty, {len(skipped)} could not be read, {documents} fell in the validation split. Give files with "
+            f"are empty, {num_skipped} could not be read, {documents} fell in the validation split. Give files with "
             "text, encoded as UTF-8."
         )
     made = {}
@@ -228,15 +229,15 @@ def _make(
         inputs=_inputs(files),
         duplicate_documents=selection.duplicates,
         empty_documents=sum(part.empty for part in sums),
-        num_skipped=len(skipped),
-        skipped=tuple(skipped[:MAX_NAMED]),
+        num_skipped=num_skipped,
+        skipped=skipped,
     )
     write_index(work, index)
     announce(f"{data.path}: prepared {_describe(index)}")
-    for entry in skipped[:MAX_NAMED]:
+    for entry in skipped:
         announce(f"skipped {entry.name}: {entry.reason}")
-    if len(skipped) > MAX_NAMED:
-        announce(f"skipped {len(skipped) - MAX_NAMED} more")
+    if num_skipped > len(skipped):
+        announce(f"skipped {num_skipped - len(skipped)} more")
     if data.validation_fraction and not any(shard.split == "validation" for shard in index.shards):
         announce(
             f"no document fell in the validation split: with {documents} documents, raise data.validation_fraction "
@@ -273,22 +274,20 @@ def _make_tokenizer(
 
 def _make_parts(parts: Sequence[PartJob], workers: Workers, report: Callable[[Progress], None]) -> list[PartSums]:
     """Make the parts that are not there yet; the sums of all, in order."""
-    done: dict[int, PartSums] = {
-        number: read_sums(part.path) for number, part in enumerate(parts) if Path(part.path).is_file()
-    }
-    missing = [number for number in range(len(parts)) if number not in done]
+    found = [read_sums(part.path) if Path(part.path).is_file() else None for part in parts]
+    missing = [number for number, sums in enumerate(found) if sums is None]
     total = sum(part.num_bytes for part in parts)
-
-    def tell() -> None:
-        num_bytes = sum(parts[number].num_bytes for number in done)
-        documents, tokens = (sum(getattr(part, name) for part in done.values()) for name in ("documents", "tokens"))
-        report(Progress("tokenize", num_bytes, total, documents, tokens))
-
-    tell()
+    done = total - sum(parts[number].num_bytes for number in missing)
+    documents, tokens = (sum(getattr(sums, name) for sums in found if sums) for name in ("documents", "tokens"))
+    report(Progress("tokenize", done, total, documents, tokens))
     for place, sums in workers.run(make_part, [parts[number] for number in missing]):
-        done[missing[place]] = sums
-        tell()
-    return [done[number] for number in range(len(parts))]
+        number = missing[place]
+        found[number] = sums
+        done += parts[number].num_bytes
+        documents += sums.documents
+        tokens += sums.tokens
+        report(Progress("tokenize", done, total, documents, tokens))
+    return [sums for sums in found if sums is not None]
 
 
 def _publish(index: Index, work: Path, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from lmjax.errors import InputError
 PIECE_BYTES = 2**20
 """A jsonl file gives its lines to the sample by so many bytes."""
 SENTENCE_CHARACTERS = 2**12
-"""The trainer takes texts in parts of about this size: it drops a whole part for one character that it reserves."""
+"""The trainer takes texts in parts of about this size."""
+_RESERVED = re.compile(f"[{SPACE_MARK}\u2585]")
+"""To the trainer the one is a space and the other makes a whole part unfit; as tokens both are bytes."""
 
 
 def train_tokenizer(data: DataConfig, tokenizer: TokenizerConfig, path: str | Path) -> SentencePieceTokenizer:
@@ -64,11 +67,12 @@ def sample_texts(files: Sequence[InputFile], data: DataConfig, sample_bytes: int
             if not text.strip() or digest in seen or split_of(digest, data.validation_fraction) != "train":
                 continue
             seen.add(digest)
-            text = text[:left]
-            texts.append(text)
-            left -= len(text.encode())
+            content = text.encode()
+            left -= len(content)
             if left <= 0:
+                texts.append(content[: len(content) + left].decode(errors="ignore"))
                 return texts
+            texts.append(text)
     if not texts:
         raise InputError(
             f"data.sources: no text to train a tokenizer on in {len(files)} files: they are empty, not UTF-8, or fell "
@@ -104,24 +108,27 @@ def train_model(config: SentencePieceTrained, texts: Sequence[str]) -> bytes:
             minloglevel=4,
         )
     except RuntimeError as error:
-        num_bytes = sum(len(text.encode()) for text in texts)
-        reason = str(error).rpartition("] ")[2].strip()
-        raise InputError(
-            f"tokenizer.vocab_size {config.vocab_size} does not fit a sample of {num_bytes} bytes of text: {reason}"
-        ) from error
+        raise InputError(_misfit(config.vocab_size, sum(len(text.encode()) for text in texts), str(error))) from error
     return model.getvalue()
 
 
+def _misfit(vocab_size: int, num_bytes: int, message: str) -> str:
+    """The trainer's complaint in our words."""
+    where = f"tokenizer.vocab_size is {vocab_size}, and its sample has {num_bytes} bytes of text"
+    if most := re.search(r"value <= (\d+)", message):
+        return f"{where}, which give at most {most[1]} tokens; lower it, or give more text"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return f"{where} with so many different characters that {least[1]} tokens are taken; raise it above that"
+    return f"{where}, on which SentencePiece cannot be trained: {message}"
+
+
 def _place(piece: Piece) -> bytes:
-    return hashlib.sha256(
-        f"{piece.file.source} {piece.start} {piece.file.name}".encode(errors="surrogatepass")
-    ).digest()
+    return hashlib.sha256(f"{piece.file.source} {piece.start} {piece.file.name}".encode()).digest()
 
 
 def _sentences(texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
-        # To the trainer the space mark is a space; it is encoded as bytes, so it has nothing to learn from it.
-        for part in text.split(SPACE_MARK):
+        for part in _RESERVED.split(text):
             start = 0
             while start < len(part):
                 end = part.find("\n", start + SENTENCE_CHARACTERS) + 1 or len(part)

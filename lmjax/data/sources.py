@@ -6,7 +6,7 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from lmjax.data.config import Content, FilesSource, JsonlSource, Source, StdlibSource
 from lmjax.data.index import SkippedInput
@@ -65,7 +65,7 @@ def list_files(sources: Sequence[Source]) -> list[InputFile]:
             )
             for name, path, content in _named_files(source, f"data.sources.{number}")
         ]
-        files += sorted(found, key=lambda file: file.name)
+        files += sorted(found, key=lambda file: (file.name, file.path))
     return files
 
 
@@ -73,7 +73,7 @@ def cut(files: Sequence[InputFile], jsonl_bytes: int) -> Iterator[Piece]:
     """The pieces of all files in order; a jsonl file is cut every ``jsonl_bytes``."""
     for file in files:
         step = jsonl_bytes if file.text_field is not None else DOCUMENT_BYTES
-        for start in range(0, file.size, step):
+        for start in range(0, max(file.size, 1), step):
             yield Piece(file, start, min(start + step, file.size))
 
 
@@ -93,10 +93,7 @@ def read_texts(piece: Piece) -> Iterator[str | SkippedInput]:
                 whole = piece.start == 0 and piece.stop == file.size
                 yield _decode(content, file.name if whole else f"{file.name} from byte {start}")
     except OSError as error:
-        raise InputError(
-            f"data.sources.{file.source}: {file.path} cannot be read ({error.strerror}); make it readable, or "
-            "leave it out"
-        ) from None
+        _refuse(error)
 
 
 def _named_files(source: Source, where: str) -> Iterator[tuple[str, str, Content]]:
@@ -141,7 +138,7 @@ def _find(path: str, extensions: tuple[str, ...], where: str) -> list[tuple[str,
 
 
 def _walk(root: str, extensions: tuple[str, ...], left_out: frozenset[str]) -> Iterator[tuple[str, str]]:
-    for directory, inner, names in os.walk(root):
+    for directory, inner, names in os.walk(root, onerror=_refuse):
         inner[:] = [name for name in inner if not name.startswith(".") and name not in left_out]
         for name in names:
             path = os.path.join(directory, name)
@@ -155,8 +152,17 @@ def _printable(name: str) -> str:
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        _refuse(error)
     return status.st_size, status.st_mtime_ns
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise InputError(
+        f"data.sources: {error.filename} cannot be read ({error.strerror}); make it readable, or leave it out"
+    ) from None
 
 
 def _decode(content: bytes, name: str) -> str | SkippedInput:
@@ -201,6 +207,8 @@ def _line_start(stream: BinaryIO, offset: int, size: int, back_to: int | None = 
         end = window.find(b"\n")
         if end >= 0:
             offset += end
+        elif offset - 1 + len(window) >= size:
+            offset = size
         else:
             # Bytes 10xxxxxx go on with a character; there are at most three in a row.
             following = window[1:4]

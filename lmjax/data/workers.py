@@ -42,9 +42,8 @@ class Workers:
             yield from ((number, function(job)) for number, job in enumerate(jobs))
             return
         if self._executor is None:
-            self._executor = concurrent.futures.ProcessPoolExecutor(
-                min(self._num_workers, len(jobs)), multiprocessing.get_context("spawn"), _begin
-            )
+            context = multiprocessing.get_context("spawn")
+            self._executor = concurrent.futures.ProcessPoolExecutor(self._num_workers, context, _begin)
         waiting = iter(enumerate(jobs))
         running: dict[concurrent.futures.Future[Result], int] = {}
         try:
@@ -59,8 +58,8 @@ class Workers:
                     yield running.pop(future), future.result()
         except BrokenProcessPool as error:
             raise InputError(
-                "a worker process was killed, perhaps for want of memory; lower data.num_workers if so, and run the "
-                "same command again: it goes on"
+                "a worker process ended in the middle of its work: it said why above, or was killed, perhaps for want "
+                "of memory (then lower data.num_workers); run the same command again: it goes on"
             ) from error
 
 

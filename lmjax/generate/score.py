@@ -69,36 +69,40 @@ def document_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
 
 
-def score_tokens(
-    model: Model, execution: Execution, params: Any, tokens: Sequence[int], *, stride: int | None = None
-) -> Score:
-    """The likelihood of ``tokens[1:]``, each given what precedes it, as far as ``model.max_length`` inputs reach.
+class Scorer:
+    """Scores documents on the mesh of a model, whose parameters are given each time."""
 
-    A document that is longer is read in windows that advance by ``stride`` tokens (half of max_length by default);
-    1 gives every token the longest possible context, at the price of a forward pass for each. Every process of a mesh
-    calls this with the same arguments. Raises InputError for a document with nothing to score.
-    """
-    limit = model.config.max_length
-    stride = max(1, limit // 2) if stride is None else stride
-    if not 1 <= stride <= limit:
-        raise InputError(f"stride is {stride}; windows advance by 1 to model.max_length = {limit} tokens")
-    if len(tokens) < 2:
-        raise InputError(
-            f"the document has {len(tokens)} token(s), and the first is not scored. Give a text of at least two."
-        )
-    document = np.asarray(tokens, np.int32)
-    parts = windows(len(tokens) - 1, limit, stride)
-    shards = batch_shards(model.mesh.shape)
-    length = min(limit, 1 << (parts[0].stop - 1).bit_length())
-    rows = shards * min(max(1, POSITIONS_AT_ONCE // length), -(-len(parts) // shards))
-    nll = jax.jit(functools.partial(_nll, model, execution), out_shardings=replicated(model.mesh))
-    total = 0.0  # on the host in float64: float32 would drop the tail of a long document
-    with jax.set_mesh(model.mesh):
-        for start in range(0, len(parts), rows):
-            inputs, targets, segment_ids, scored = _rows(document, parts[start : start + rows], rows, length)
-            placed = (place_rows(value, model.mesh) for value in (inputs, targets, segment_ids))
-            total += float(np.asarray(nll(params, *placed), np.float64)[scored].sum())
-    return Score(total, len(tokens) - 1)
+    def __init__(self, model: Model, execution: Execution):
+        self._model = model
+        self._nll = jax.jit(functools.partial(_nll, model, execution), out_shardings=replicated(model.mesh))
+
+    def score(self, params: Any, tokens: Sequence[int], *, stride: int | None = None) -> Score:
+        """The likelihood of ``tokens[1:]``, each given what precedes it, as far as ``model.max_length`` inputs reach.
+
+        A document that is longer is read in windows that advance by ``stride`` tokens (half of max_length by default);
+        1 gives every token the longest possible context, at the price of a forward pass for each. With several
+        processes, all of them call this with the same arguments. Raises InputError where there is nothing to score.
+        """
+        limit, mesh = self._model.config.max_length, self._model.mesh
+        stride = max(1, limit // 2) if stride is None else stride
+        if not 1 <= stride <= limit:
+            raise InputError(f"stride is {stride}; windows advance by 1 to model.max_length = {limit} tokens")
+        if len(tokens) < 2:
+            raise InputError(
+                f"the document has {len(tokens)} token(s), and the first is not scored. Give a text of at least two."
+            )
+        document = np.asarray(tokens, np.int32)
+        parts = windows(len(tokens) - 1, limit, stride)
+        shards = batch_shards(mesh.shape)
+        length = min(limit, 1 << (parts[0].stop - 1).bit_length())
+        rows = shards * min(max(1, POSITIONS_AT_ONCE // length), -(-len(parts) // shards))
+        total = 0.0  # on the host in float64: float32 would drop the tail of a long document
+        with jax.set_mesh(mesh):
+            for start in range(0, len(parts), rows):
+                inputs, targets, segment_ids, scored = _rows(document, parts[start : start + rows], rows, length)
+                placed = (place_rows(value, mesh) for value in (inputs, targets, segment_ids))
+                total += float(np.asarray(self._nll(params, *placed), np.float64)[scored].sum())
+        return Score(total, len(tokens) - 1)
 
 
 def _rows(document: np.ndarray, parts: list[Window], rows: int, length: int) -> tuple[np.ndarray, ...]:

@@ -90,6 +90,7 @@ class Attention(nnx.Module):
                 scale=scale,
                 kernel=execution.attention_kernel,
                 platform=execution.platform,
+                save_as="attention_out",
             )
         else:
             assert write is not None
@@ -101,4 +102,4 @@ class Attention(nnx.Module):
             out_BTNH = cached_attention(
                 q_BTNH, *cache, positions_BT, write.key_positions_BS, window=self.window, scale=scale
             )
-        return self.out(tag(out_BTNH, "attention_out"), execution), cache
+        return self.out(out_BTNH, execution), cache

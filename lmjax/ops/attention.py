@@ -4,8 +4,9 @@ Legend: B batch, T positions, N query heads, K kv heads, H head_dim.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_reference import reference_attention
 from lmjax.ops.attention_splash import LANES, splash_attention
 
-REFERENCE_LENGTH = 1024
-"""Up to this many positions ``auto`` lets all scores of a row exist at once; blocks would only add overhead."""
+REFERENCE_LENGTH = {"cpu": 128, "gpu": 1024, "tpu": 1024}
+"""Up to this many positions ``auto`` prefers all scores of a row at once to blocks of them. On CPU blocks that stay in
+the cache win from 256 positions on; elsewhere the limit is what memory bears."""
 
-PLATFORMS = frozenset({"cpu", "gpu", "tpu"})
+PLATFORMS = frozenset(REFERENCE_LENGTH)
 FEATURES = frozenset({"causal", "bidirectional", "window", "segments"})
 
 
@@ -38,6 +40,8 @@ class Kernel:
     """Those of FEATURES that it has."""
     platforms: frozenset[str]
     """Those of PLATFORMS where it runs."""
+    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Further keyword arguments of ``attend`` on a platform."""
     length_multiple: int = 1
     """What the length of a row has to be a multiple of."""
 
@@ -54,6 +58,7 @@ KERNELS: dict[str, Kernel] = {
         summary="blocks of scores, memory linear in the length",
         features=FEATURES,
         platforms=PLATFORMS,
+        options={"cpu": {"block": 64}},
     ),
     "splash": Kernel(
         attend=splash_attention,
@@ -84,7 +89,8 @@ def choose_kernel(kernel: str, *, mask: Mask, segmented: bool, platform: str, le
     objections = {name: _objection(entry, wanted, platform, length) for name, entry in KERNELS.items()}
     able = [name for name, objection in objections.items() if objection is None]
     if kernel == "auto":
-        order = ("splash", "reference", "chunked") if length <= REFERENCE_LENGTH else ("splash", "chunked", "reference")
+        plain = ("reference", "chunked") if length <= REFERENCE_LENGTH[platform] else ("chunked", "reference")
+        order = ("splash", *plain)
         name = next(name for name in order if name in able)
         why = f"{KERNELS[name].summary}, for {length} positions on {platform}"
         passed_over = [f"{other} {objections[other]}" for other in order[: order.index(name)]]
@@ -133,14 +139,15 @@ def attention(
     K = k_BTKH.shape[2]
     platform = jax.default_backend() if platform is None else platform
     choice = choose_kernel(kernel, mask=mask, segmented=segment_ids is not None, platform=platform, length=T)
-    attend = KERNELS[choice.name].attend
+    entry = KERNELS[choice.name]
+    attend = functools.partial(entry.attend, mask=mask, scale=scale, save_as=save_as, **entry.options.get(platform, {}))
     num_shards = jax.sharding.get_abstract_mesh().shape["tensor"]
     heads_split = K % num_shards == 0
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         if not heads_split:
             k_BTKH, v_BTKH = (_own_kv_heads(x, q_BTNH.shape[2], N // K) for x in (k_BTKH, v_BTKH))
-        return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, mask=mask, scale=scale, save_as=save_as)
+        return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
     q_spec = P(BATCH_AXES, None, "tensor", None)
     kv_spec = q_spec if heads_split else P(BATCH_AXES, None, None, None)

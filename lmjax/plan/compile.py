@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import time
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -56,7 +57,7 @@ class CompiledStep:
 
 
 @functools.cache
-def topology_devices(name: str) -> tuple[jax.Device, ...]:
+def topology_devices(name: str) -> tuple[Any, ...]:
     """The devices of the TPU topology ``name``, such as v5p:4x4x4: 64 chips in a cube.
 
     Raises InputError for a name that libtpu does not know, and where libtpu is not installed.
@@ -67,12 +68,12 @@ def topology_devices(name: str) -> tuple[jax.Device, ...]:
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
-            f"topology {name!r}: not one that the TPU compiler knows ({_first_line(error)}). Names are a generation and "
-            f"the sizes of its mesh of chips, such as {', '.join(EXAMPLES)}."
+            f"topology {name!r}: not one that the TPU compiler knows ({_first_line(error)}). Names are a generation "
+            f"and the sizes of its mesh of chips, such as {', '.join(EXAMPLES)}."
         ) from error
-    except RuntimeError as error:  # the same class, where there is no library to ask
+    except RuntimeError as error:  # no library that could be asked
         raise InputError(
-            "compiling for TPU needs libtpu, which is not installed. Install the extra: pip install 'lmjax[tpu]'."
+            f"compiling for TPU needs libtpu ({_first_line(error)}). Install the extra: pip install 'lmjax[tpu]'."
         ) from error
 
 
@@ -109,15 +110,16 @@ def compile_step(program: Program, batch: DeviceBatch) -> CompiledStep:
                 "shard further (mesh.fsdp, mesh.tensor)."
             ) from error
     seconds = time.perf_counter() - began
-    memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    text = compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
     return CompiledStep(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         collectives=collectives(text),
-        flops=costs.get("flops"),
+        flops=(compiled.cost_analysis() or {}).get("flops"),
         seconds=seconds,
         text=text,
     )

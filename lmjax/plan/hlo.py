@@ -3,14 +3,12 @@
 Instructions are counted as they stand in the text: those of a loop's body once, however often the loop runs it.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
-BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
 
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
@@ -105,11 +103,14 @@ def num_bytes(type_: str) -> int:
     """The bytes of an array or of all arrays of a tuple, without padding."""
     total = 0.0
     for dtype, dims in _arrays(type_):
-        size = BYTES.get(dtype, 1)
-        for dim in dims:
-            size *= dim
-        total += size
+        total += math.prod(dims) * _bits(dtype) / 8
     return round(total)
+
+
+def _bits(dtype: str) -> int:
+    """Of one element: what the name says (bf16, s4, f8e4m3fn), a byte for pred; none for token."""
+    width = re.search(r"\d+", dtype)
+    return int(width[0]) if width else 8 if dtype == "pred" else 0
 
 
 def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -18,6 +18,8 @@ from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from lmjax.errors import InputError
 from lmjax.mesh import MeshConfig, batch_shards, make_mesh
 from lmjax.models.decoder import DecoderConfig, Execution
+from lmjax.ops.attention import Choice, choose_kernel
+from lmjax.ops.attention_mask import Mask
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
 from lmjax.precision import PrecisionConfig
@@ -52,6 +54,8 @@ class Program:
     blueprint: Blueprint
     execution: Execution
     loss: LossOptions
+    kernels: dict[str, Choice]
+    """The attention kernel of each kind of block, and why it is this one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,15 +73,17 @@ class Dataset:
 def make_program(job: Job, mesh: Mesh | None = None) -> Program:
     """``mesh`` may be of absent devices. Raises InputError for configs that do not fit each other or the mesh."""
     mesh = make_mesh(job.mesh) if mesh is None else mesh
+    platform = mesh.devices.flat[0].platform
     check_shapes(job, mesh)
     return Program(
         mesh=mesh,
+        kernels=choose_kernels(job, platform),
         blueprint=make_blueprint(job.model, job.optimizer, job.train.steps, mesh),
         execution=Execution(
             compute_dtype=job.precision.compute_dtype,
             reduce_in_float32=job.precision.reduce_in_float32,
             attention_kernel=job.train.attention_kernel,
-            platform=mesh.devices.flat[0].platform,
+            platform=platform,
             remat=job.train.remat,
             scan_layers=job.train.scan_layers,
         ),
@@ -85,8 +91,22 @@ def make_program(job: Job, mesh: Mesh | None = None) -> Program:
     )
 
 
+def choose_kernels(job: Job, platform: str) -> dict[str, Choice]:
+    """Raises InputError where the attention kernel that is asked for cannot do what a block needs."""
+    return {
+        kind: choose_kernel(
+            job.train.attention_kernel,
+            mask=Mask(causal=True, window=job.model.window(kind)),
+            segmented=True,
+            platform=platform,
+            length=job.data.sequence_length,
+        )
+        for kind in dict.fromkeys(job.model.layer_pattern)
+    }
+
+
 def check_shapes(job: Job, mesh: Mesh) -> None:
-    """Raises InputError, with the arithmetic, where rows do not fit the mesh."""
+    """Raises InputError, with the arithmetic, where rows do not fit the mesh or the model."""
     rows, shards = job.train.global_batch_size // job.train.accumulation, batch_shards(mesh.shape)
     if rows % shards:
         raise InputError(
@@ -94,6 +114,11 @@ def check_shapes(job: Job, mesh: Mesh) -> None:
             f"{rows} rows a micro-batch, which do not divide over data {mesh.shape['data']} x fsdp "
             f"{mesh.shape['fsdp']} = {shards} devices: {rows} mod {shards} = {rows % shards}. Choose a batch size that "
             f"is a multiple of {shards * job.train.accumulation}, or another mesh."
+        )
+    if job.data.sequence_length > job.model.max_length:
+        raise InputError(
+            f"data.sequence_length {job.data.sequence_length} is above model.max_length {job.model.max_length}: the model "
+            "has no positions for such rows. Raise the one or lower the other."
         )
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lmjax import __version__
 from lmjax.checkpoint.processes import decide
 from lmjax.checkpoint.restore import restore
 from lmjax.checkpoint.save import Saver
@@ -59,6 +60,8 @@ def run(job: Job) -> None:
             f"{parameter_count(job.model):,} parameters on {mesh.size} device(s) {dict(mesh.shape)}; training {where} "
             f"to step {job.train.steps}"
         )
+        for kind, kernel in program.kernels.items():
+            recorder.message(f"attention of {kind} blocks: {kernel.name} ({kernel.why})")
         state = init_state(blueprint, job.train.seed) if state is None else state
         held_out = HeldOut(job, program, dataset, recorder)
         step = compile_step(job, program, recorder)
@@ -250,10 +253,10 @@ def check_same_data(metadata: dict[str, Any], dataset: Dataset, checkpoint: Path
 
 
 def checkpoint_metadata(job: Job, dataset: Dataset, tokens: float) -> dict[str, Any]:
-    packages = ("lmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     return {
         "dataset": fingerprint(dataset.index),
         "tokens": tokens,
         "config": job.resolved,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"lmjax": __version__} | {name: importlib.metadata.version(name) for name in packages},
     }

@@ -60,6 +60,17 @@ def keep_rows_until(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+class ConsoleWarnings(logging.Handler):
+    """Shows warnings of the run's parts on the terminal, above the bar."""
+
+    def __init__(self, console: Console):
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
 class Recorder:
     """Writes a run's files. Every process has one; those that are not ``primary`` write and show nothing."""
 
@@ -75,9 +86,12 @@ class Recorder:
         self._samples = (run_dir / "samples.jsonl").open("a", encoding="utf-8", buffering=1)
         self._handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(self._handler)
-        log.setLevel(logging.INFO)
         self._console = Console()
+        self._handlers = (self._handler, ConsoleWarnings(self._console))
+        for handler in self._handlers:
+            log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False  # a library that sets up the root logger would print every line twice
         self._last_line = -math.inf
         bar = config.progress == "bar" or (config.progress == "auto" and self._console.is_terminal)
         if bar:
@@ -122,6 +136,8 @@ class Recorder:
             return
         if self._bar is not None:
             self._bar.stop()
-        log.removeHandler(self._handler)
+        for handler in self._handlers:
+            log.removeHandler(handler)
+        log.propagate = True
         for file in (self._metrics, self._samples, self._handler):
             file.close()

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lmjax.checkpoint.layout import flatten, split_parts
+from lmjax.checkpoint.layout import absolute, flatten, split_parts
 
 pytestmark = pytest.mark.fast
 
@@ -27,3 +27,9 @@ def test_only_jax_arrays_of_numbers(kind):
 def test_two_leaves_of_one_path_are_refused():
     with pytest.raises(AssertionError, match="one path"):
         flatten({"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)})
+
+
+def test_a_path_in_an_object_store_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert str(absolute("run")) == str(tmp_path / "run")

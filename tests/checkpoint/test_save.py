@@ -47,6 +47,16 @@ def test_the_newest_are_kept_each_whole(tmp_path, mesh, make_state):
     assert names(tmp_path / "run" / "checkpoints") == ["10", "12"]
 
 
+def test_a_path_relative_to_the_working_directory(tmp_path, mesh, make_state, make_target, same_bits, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saver = Saver("run/checkpoints", CheckpointConfig())
+    saver.save(1, make_state(mesh, 1), {})
+    saver.close()
+    found = read("run/checkpoints", make_target(make_state(mesh, 1), mesh))
+    assert same_bits(found.state, make_state(mesh, 1))
+    assert names(tmp_path / "run" / "checkpoints") == ["1"]
+
+
 def test_an_old_step_goes_only_after_the_manifest_of_the_new_one(tmp_path, mesh, make_state, monkeypatch):
     seen = []
 
@@ -123,7 +133,7 @@ def test_a_disk_that_fills_up_is_told_and_leaves_the_last_good_step(tmp_path, me
     assert verify(tmp_path, 3).problems == ()
 
 
-def test_a_manifest_that_cannot_be_written_is_told_by_the_next_save(
+def test_a_manifest_that_cannot_be_written_is_told_by_the_next_call(
     tmp_path, mesh, make_state, make_target, monkeypatch
 ):
     def fail(directory, manifest):
@@ -137,6 +147,10 @@ def test_a_manifest_that_cannot_be_written_is_told_by_the_next_save(
         saver.save(2, make_state(mesh, 2), {})
         with pytest.raises(InputError, match="saving checkpoint 2 failed: .*No space left"):
             saver.save(3, make_state(mesh, 3), {})
+        closed = Saver(str(tmp_path), CheckpointConfig(keep_last=1))
+        closed.save(2, make_state(mesh, 2), {})
+        with pytest.raises(InputError, match="saving checkpoint 2 failed: .*No space left"):
+            closed.close()
     assert read(tmp_path, make_target(make_state(mesh, 1), mesh)).step == 1
     saver.save(3, make_state(mesh, 3), {})
     saver.close()

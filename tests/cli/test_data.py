@@ -27,7 +27,7 @@ def config(tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(40):
-        words = " ".join(f"word{number * other}" for other in range(number))
+        words = " ".join("".join(chr(97 + (number * k + other) % 26) for k in range(5)) for other in range(number))
         (texts / f"{number:02d}.txt").write_text(f"text {number}\n{words}\n")
     file = tmp_path / "experiment.yaml"
     file.write_text(CONFIG.format(root=tmp_path))
@@ -68,7 +68,7 @@ def test_prepare_then_inspect(config, tmp_path, capsys):
 
     data.inspect(config, ["data.packing=concat"], samples=1)
     shown = capsys.readouterr().out
-    for part in ("tokens per document", "best_fit", "concat", "--- document ", "tokens 0 to "):
+    for part in ("Documents, tokens each", "best_fit", "concat", "--- document ", "tokens 0 to "):
         assert part in shown
 
 
@@ -77,7 +77,7 @@ def test_prepare_again_says_that_it_is_done_and_changes_nothing(config, tmp_path
     before = {file.name: file.read_bytes() for file in (tmp_path / "dataset").iterdir()}
     capsys.readouterr()
     data.prepare(config)
-    assert "already prepared" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in (tmp_path / "dataset").iterdir()} == before
 
 
@@ -89,3 +89,16 @@ def test_inspect_refuses_what_would_have_no_effect_or_has_no_dataset(config, tmp
         data.inspect(str(tmp_path))
     with pytest.raises(InputError, match="no prepared dataset"):
         data.inspect(config)
+
+
+def test_a_tokenizer_is_trained_to_a_file_that_prepare_takes(config, tmp_path, capsys):
+    model = tmp_path / "words.model"
+    training = ["tokenizer={kind: sentencepiece, vocab_size: 300, sample_bytes: 100000}", "model.vocab_size=300"]
+    tokenizer.train(config, training, output=str(model))
+    assert "300 tokens" in capsys.readouterr().out
+    before = model.read_bytes()
+    with pytest.raises(InputError, match=r"words\.model"):
+        tokenizer.train(config, training, output=str(model))
+    assert model.read_bytes() == before, "what is there is not overwritten"
+    data.prepare(config, [f"tokenizer={{kind: sentencepiece_file, path: {model}}}", "model.vocab_size=300"])
+    assert read_index(str(tmp_path / "dataset")).tokenizer.vocab_size == 300

@@ -27,7 +27,7 @@ def test_a_file_becomes_an_object(tmp_path):
     assert load_as(Nursery, str(file), ["tidy=false"]) == dataclasses.replace(expected, tidy=False)
 
 
-@pytest.mark.parametrize("config", [FULL, dataclasses.replace(FULL, name="plain", others=())])
+@pytest.mark.parametrize("config", [FULL, dataclasses.replace(FULL, name="\x85 \u2028\n\\", others=())])
 def test_what_is_dumped_loads_back_to_an_equal_object(tmp_path, config):
     file = tmp_path / "config.yaml"
     dump(config, str(file))

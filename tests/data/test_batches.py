@@ -7,6 +7,7 @@ import pytest
 
 from lmjax.data.batches import Batches, EpochOrder, EvaluationBatches, RowReader
 from lmjax.data.plans import ensure_plan
+from lmjax.data.shards import verify_shards
 from lmjax.errors import InputError
 
 pytestmark = pytest.mark.fast
@@ -187,3 +188,27 @@ def test_no_rows_is_an_error(make_dataset, documents):
     with pytest.raises(InputError, match="no documents"):
         Batches(directory, index, plan, global_batch_size=2, seed=0)
     assert EvaluationBatches(directory, index, plan, global_batch_size=2).num_batches == 0
+
+
+@pytest.mark.parametrize("damage", ["rot", "cut", "remove"])
+def test_a_damaged_shard_is_an_error_that_names_it(dataset, tmp_path, damage):
+    whole = batches(dataset).rows(0, 0, BATCH)
+    file = tmp_path / "dataset" / dataset[1].shards[1].file
+    original = file.read_bytes()
+    third = len(original) // 3
+    if damage == "rot":
+        changed = bytes(byte ^ 1 for byte in original[third : 2 * third])
+        file.write_bytes(original[:third] + changed + original[2 * third :])
+    elif damage == "cut":
+        file.write_bytes(original[:third])
+    else:
+        file.unlink()
+    epoch = -(-dataset[2].num_rows // BATCH)
+    with pytest.raises(InputError, match=file.name):
+        verify_shards(*dataset[:2], "train")
+    damaged = batches(dataset)
+    with pytest.raises(InputError, match=file.name):
+        [damaged.rows(step, 0, BATCH) for step in range(epoch)]
+    file.write_bytes(original)
+    verify_shards(*dataset[:2], "train")
+    assert equal(batches(dataset).rows(0, 0, BATCH), whole)

@@ -50,19 +50,18 @@ def test_best_fit_stands_beside_concat(dataset):
 
 def test_samples_are_rows_as_text_with_the_boundaries_of_documents(dataset):
     samples = inspect(dataset, packing="concat", num_samples=9).samples
-    assert len(samples) == 4, "no more than there are"
-    pieces = [piece for row in samples for piece in row]
-    assert [piece[:4] for piece in pieces] == [
-        (0, 0, 7, 7),
-        (1, 0, 9, 29),
-        (1, 9, 16, 29),
-        (1, 25, 4, 29),
-        (2, 0, 7, 7),
-        (3, 0, 5, 8),
-        (3, 5, 3, 8),
-    ]
-    assert "".join(piece.text for piece in pieces) == "shorta text of more than one rowrätsxxxxxx"
-    assert len(inspect(dataset, num_samples=2).samples) == 2
+    assert [[piece[:4] for piece in row] for row in samples] == [
+        [(0, 0, 7, 7), (1, 0, 9, 29)],
+        [(1, 25, 4, 29), (2, 0, 7, 7), (3, 0, 5, 8)],
+    ], "the rows of several pieces, no more than there are"
+    assert [[piece.text for piece in row] for row in samples] == [["short", "a text o"], ["row", "räts", "xxxx"]]
+    assert inspect(dataset, packing="concat", num_samples=1).samples == samples[:1]
+
+
+def test_where_no_row_has_several_pieces_any_row_is_a_sample(make_dataset):
+    dataset = make_dataset(train=[document("fourteen chars")] * 3)
+    samples = inspect(dataset, num_samples=2).samples
+    assert [[piece[:4] for piece in row] for row in samples] == [[(0, 0, 16, 16)], [(2, 0, 16, 16)]]
 
 
 def test_inspection_writes_nothing_and_finds_the_stored_plans(dataset, tmp_path):

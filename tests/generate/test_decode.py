@@ -19,7 +19,7 @@ class Endless(Letters):
 
 
 def generator_on(shape, rng, tokenizer=None, config=CONFIG):
-    """A function that continues prompts with random parameters on a mesh; the blueprint, and the parameters there."""
+    """A function that continues prompts with random parameters on a mesh; the generator, and the parameters there."""
     blueprint = tiny.blueprint_of(config, tiny.mesh_of(*shape))
     _, params = parameters(blueprint, rng)
     generator = Generator(blueprint, tiny.FLOAT32, tokenizer or Endless())
@@ -27,7 +27,7 @@ def generator_on(shape, rng, tokenizer=None, config=CONFIG):
     def generate(prompts, *, max_tokens=NEW, temperature=0.0, seed=0):
         return generator.generate(params, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
-    return generate, blueprint, params
+    return generate, generator, params
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def one_device(request):
 
 
 def test_greedy_takes_the_most_probable_token_of_whole_forward_passes(one_device):
-    generate, blueprint, params = one_device
-    uncached = Uncached(blueprint, params)
+    generate, _, params = one_device
+    uncached = Uncached(tiny.blueprint_of(CONFIG, tiny.mesh_of(1, 1, 1)), params)
     found = generate(PROMPTS)
     assert [continuation.finished for continuation in found] == [False] * 3
     rows = np.zeros((3, 16), np.int64)
@@ -102,11 +102,10 @@ def test_a_text_ends_where_the_model_ends_it(one_device, seed):
 
 
 def test_texts_are_continued_without_the_prompt(one_device):
-    _, blueprint, params = one_device
-    generator = Generator(blueprint, tiny.FLOAT32, Endless())
+    generate, generator, params = one_device
     assert generator.encode("cd") == PROMPTS[0]
     texts = generator.generate_texts(params, ["cd", ""], max_tokens=NEW, temperature=0.0, seed=0)
-    tokens = one_device[0]([PROMPTS[0], PROMPTS[2]])
+    tokens = generate([PROMPTS[0], PROMPTS[2]])
     assert texts == [Letters().decode(continuation.tokens) for continuation in tokens]
     assert all(texts)
 

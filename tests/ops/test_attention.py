@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import jax
@@ -6,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lmjax.errors import InputError
-from lmjax.ops.attention import attention, choose_kernel
+from lmjax.ops.attention import KERNELS, attention, choose_kernel
 from lmjax.ops.attention_mask import Mask
 from tests.ops.attention_case import Case, forward_and_backward, make_case, run_reference
 from tests.ops.sharded import BATCH, assert_trees_close, run_on
@@ -63,8 +64,9 @@ def test_no_gradient_reaches_later_positions_or_other_documents(one_device, rng,
 @pytest.mark.parametrize(
     ("platform", "length", "name"),
     [
-        ("cpu", 1024, "reference"),
-        ("cpu", 1025, "chunked"),
+        ("cpu", 128, "reference"),
+        ("cpu", 129, "chunked"),
+        ("gpu", 1024, "reference"),
         ("gpu", 8192, "chunked"),
         ("tpu", 256, "splash"),
         ("tpu", 8192, "splash"),
@@ -100,6 +102,18 @@ def test_auto_takes_the_kernel_for_the_platform_and_length(platform, length, nam
 def test_a_kernel_that_cannot_is_refused_with_those_that_can(kernel, platform, length, message):
     with pytest.raises(InputError, match=re.escape(message)):
         choose_kernel(kernel, mask=MASK, segmented=True, platform=platform, length=length)
+
+
+@pytest.mark.fast
+def test_a_kernel_without_a_feature_is_passed_over_and_refused(monkeypatch):
+    splash = dataclasses.replace(KERNELS["splash"], features=frozenset({"causal", "bidirectional"}))
+    monkeypatch.setitem(KERNELS, "splash", splash)
+    choice = choose_kernel("auto", mask=MASK, segmented=True, platform="tpu", length=8192)
+    assert choice.name == "chunked"
+    assert "splash does not have segments, window" in choice.why
+    assert choose_kernel("auto", mask=Mask(), segmented=False, platform="tpu", length=8192).name == "splash"
+    with pytest.raises(InputError, match="does not have segments, window; those that can do this are auto, reference"):
+        choose_kernel("splash", mask=MASK, segmented=True, platform="tpu", length=8192)
 
 
 @pytest.mark.fast

@@ -8,7 +8,7 @@ from tests.ops.sharded import assert_trees_close
 
 @pytest.mark.parametrize(
     ("mask", "segmented"),
-    [(Mask(), True), (Mask(window=150), True), (Mask(causal=False), True), (Mask(), False)],
+    [(Mask(), True), (Mask(window=150), True), (Mask(causal=False), False)],
     ids=str,
 )
 def test_values_and_gradients_are_the_references(rng, mask, segmented):

@@ -20,7 +20,7 @@ def corpus() -> list[str]:
 
 
 EXPERIMENT = {
-    "model": {"vocab_size": 258, "max_length": 64, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 64},
+    "model": {"vocab_size": 259, "max_length": 64, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 64},
     "tokenizer": {"kind": "bytes"},
     "precision": {"compute": "float32"},
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},

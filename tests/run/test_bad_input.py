@@ -1,12 +1,15 @@
 """What is wrong with a run's input ends it with exit code 2 and one message, and nothing is overwritten."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lmjax.data.index import fingerprint, read_index
+from lmjax.errors import InputError
+from lmjax.train import loop
 from tests.command import lmjax
 
 Experiment = Callable[..., str]
@@ -32,7 +35,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("mesh.data=3", "3"),
         ("mesh.data=16", "16"),
         ("train.global_batch_size=9", "9 mod 8 = 1"),
-        ("model.vocab_size=100", "258"),
+        ("model.vocab_size=100", "259"),
         ("model.num_heads=5", "32 mod 5"),
         ("data.sequence_length=65", "model.max_length"),
         ("train.remat.policy=most", "attention"),
@@ -115,15 +118,9 @@ def test_a_dataset_of_another_tokenizer_is_refused(experiment: Experiment, capsy
     assert "tokenizer" in message
 
 
-def test_a_dataset_that_is_not_the_checkpoints_is_refused(
-    experiment: Experiment, damaged: Path, capsys: pytest.CaptureFixture[str]
-):
-    file = experiment("run")
-    assert lmjax("train", file, f"data.path={damaged}", "train.steps=2") == 0
-    index = json.loads((damaged / "index.json").read_text())
-    index["tokenizer"]["fingerprint"] = "0" * 64
-    (damaged / "index.json").write_text(json.dumps(index))
-    for plan in damaged.glob("plan-*"):
-        plan.unlink()
-    message = refused(capsys, "train", file, f"data.path={damaged}")
-    assert "trained on the dataset" in message or "tokenizer" in message
+def test_a_checkpoint_of_another_dataset_is_refused(dataset: dict):
+    there = SimpleNamespace(directory=dataset["path"], index=read_index(dataset["path"]))
+    checkpoint = Path("run/checkpoints/2")
+    loop.check_same_data({"dataset": fingerprint(there.index)}, there, checkpoint)  # pyright: ignore
+    with pytest.raises(InputError, match="trained on the dataset 0000"):
+        loop.check_same_data({"dataset": "0" * 64}, there, checkpoint)  # pyright: ignore

@@ -1,0 +1,111 @@
+"""Train steps compiled for TPU chips that are not here: they fit, they shard, and nothing quadratic exists in them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from lmjax.errors import InputError
+from lmjax.mesh import MeshConfig
+from lmjax.models.decoder import DecoderConfig, Execution
+from lmjax.ops.cross_entropy import LossOptions
+from lmjax.optim import OptimizerConfig
+from lmjax.plan.compile import CompiledStep, compile_step, topology_devices, topology_mesh
+from lmjax.plan.hlo import arrays_above
+from lmjax.train.feed import abstract_batch
+from lmjax.train.job import Program
+from lmjax.train.state import make_blueprint
+
+LENGTH = 1024
+CONFIG = DecoderConfig(
+    vocab_size=2 * LENGTH, max_length=LENGTH, embed_dim=256, num_layers=2, num_heads=2, head_dim=128, mlp_dim=512
+)
+"""Of no parameter has a device LENGTH x LENGTH elements. With tensor 2, it has the logits of LENGTH tokens."""
+
+
+@pytest.fixture(autouse=True)
+def _needs_libtpu():
+    pytest.importorskip("libtpu")
+
+
+def compiled(mesh_config: MeshConfig, topology: str, *, config: DecoderConfig = CONFIG, **changes) -> CompiledStep:
+    """One sequence for each chip that has a part of the batch."""
+    mesh = topology_mesh(mesh_config, topology)
+    program = Program(
+        mesh=mesh,
+        blueprint=make_blueprint(config, OptimizerConfig(), 10, mesh),
+        execution=dataclasses.replace(Execution(compute_dtype=jnp.dtype("bfloat16"), platform="tpu"), **changes),
+        loss=LossOptions(chunk_tokens=256),
+    )
+    return compile_step(program, abstract_batch(mesh.shape["data"] * mesh.shape["fsdp"], LENGTH, 1, mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4), (8, 1, 1)])
+def test_a_step_compiles_and_nothing_in_it_is_quadratic(sizes: tuple[int, int, int]):
+    data, fsdp, tensor = sizes
+    config = dataclasses.replace(CONFIG, num_heads=4, num_kv_heads=2, vocab_size=tensor * LENGTH)
+    step = compiled(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), "v5p:2x2x2", config=config)
+    assert arrays_above(step.text, LENGTH, LENGTH) == set()
+    assert "splash" in step.text
+    # Parameters and two moments in float32, of which a device has its share and a few whole norms, and the batch.
+    parameters = 4 * (2 * config.vocab_size * 256 + 2 * (256 * 128 * (2 * 4 + 2 * 2) + 3 * 256 * 512))
+    assert 3 * parameters / (fsdp * tensor) < step.argument_bytes < 3 * parameters / (fsdp * tensor) + 200_000
+    assert step.alias_bytes > 0.99 * step.output_bytes
+    assert step.total_bytes < step.argument_bytes + step.temp_bytes + 200_000
+    assert step.flops
+    moved = {kind: found.bytes for kind, found in step.collectives.items()}
+    if fsdp * tensor == 1:
+        assert moved.keys() == {"all-reduce"}
+    else:
+        assert moved["all-gather"] > 0
+        assert moved["reduce-scatter"] > 0
+
+
+@pytest.mark.slow
+def test_the_reference_kernel_is_found_to_have_all_scores():
+    step = compiled(MeshConfig(fsdp=2, tensor=2), "v5p:2x2x1", attention_kernel="reference")
+    assert {"f32", "bf16"} <= {found.dtype for found in arrays_above(step.text, LENGTH, LENGTH)}
+
+
+def test_a_step_that_does_not_fit_is_refused_with_the_sizes():
+    config = dataclasses.replace(CONFIG, vocab_size=2**20, embed_dim=2048)
+    with pytest.raises(InputError, match=r"does not fit the memory of a TPU v5 lite .*\d+\.\d+G.*15\.75G.*Lower train"):
+        compiled(MeshConfig(data=4, fsdp=1), "v5e:2x2", config=config)
+
+
+@pytest.mark.fast
+def test_a_topology_has_its_devices():
+    assert len(topology_devices("v5p:4x4x4")) == 64
+    mesh = topology_mesh(MeshConfig(fsdp=-1, tensor=4), "v5p:4x4x4")
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 16, "tensor": 4}
+    assert {device.platform for device in mesh.devices.flat} == {"tpu"}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["v5p:banana", "v9:2x2", "v5p:3x3x3", "v5p", ""])
+def test_an_unknown_topology_is_refused_with_examples(name: str):
+    with pytest.raises(InputError, match="v5p:4x4x4") as caught:
+        topology_devices(name)
+    assert repr(name) in str(caught.value)
+
+
+@pytest.mark.fast
+def test_a_mesh_that_does_not_fit_the_topology_is_refused():
+    with pytest.raises(InputError, match="8 are here"):
+        topology_mesh(MeshConfig(fsdp=3), "v5p:2x2x2")
+    with pytest.raises(InputError, match="cannot be laid out"):
+        topology_mesh(MeshConfig(fsdp=64, tensor=4), "v6e:16x16")
+
+
+@pytest.mark.fast
+def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    def missing(**_):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    topology_devices.cache_clear()
+    with pytest.raises(InputError, match=r"lmjax\[tpu\]"):
+        topology_devices("v5p:2x2x2")
+    topology_devices.cache_clear()

@@ -1,0 +1,85 @@
+"""What is read from the text of a program: shapes and collectives, counted and measured exactly."""
+
+import pytest
+
+from lmjax.plan.hlo import ArrayShape, Collective, array_shapes, arrays_above, collectives, num_bytes
+
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.3.clone.1 (input: bf16[4,64,16]) -> bf16[4,16,16] {
+  %input = bf16[4,64,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.62 = bf16[4,64,16]{2,1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=11, to_apply=%add
+  ROOT %slice = bf16[4,16,16]{2,1,0} dynamic-slice(%all-reduce.62), dynamic_slice_sizes={4,16,16}
+}
+
+ENTRY %main (a: f32[8,16], b: bf16[4,64,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %b = bf16[4,64,16]{2,1,0} parameter(1)
+  %permute-start = (f32[8,16]{1,0}, f32[8,16]{1,0}, u32[]{:S(2)}, u32[]) collective-permute-start(%a), channel_id=5
+  %permute-done = f32[8,16]{1,0} collective-permute-done(%permute-start)
+  %gather = f32[32,16]{1,0} all-gather(%permute-done), channel_id=6, dimensions={0}
+  %scatter = f32[2,16]{1,0} reduce-scatter(%a), channel_id=7, dimensions={0}, to_apply=%add
+  %pair = (f32[8,16]{1,0}, f32[]{:T(128)}) all-reduce(%a, %zero), channel_id=8, to_apply=%add
+  %other = f32[32,16]{1,0} all-gather(%a), metadata={op_name="s8[9,9] all-to-all(%a)"}
+  %fused = bf16[4,16,16]{2,1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.3.clone.1
+  ROOT %out = f32[8,16]{1,0} copy(%a)
+}
+"""
+
+
+@pytest.mark.fast
+def test_collectives_are_counted_by_kind_with_their_larger_side():
+    assert collectives(PROGRAM) == {
+        "all-gather": Collective(2, 2 * 32 * 16 * 4),
+        "all-reduce": Collective(1, 8 * 16 * 4 + 4),
+        "collective-permute": Collective(1, 8 * 16 * 4 + 8),
+        "reduce-scatter": Collective(2, 8 * 16 * 4 + 4 * 64 * 16 * 2),
+    }
+
+
+@pytest.mark.fast
+def test_a_program_without_collectives_has_none():
+    assert collectives(PROGRAM.partition("%all-reduce-scatter")[0]) == {}
+
+
+@pytest.mark.fast
+def test_shapes_are_those_of_arrays_and_not_of_layouts_or_comments():
+    assert array_shapes(PROGRAM) == {
+        ArrayShape("f32", ()),
+        ArrayShape("u32", ()),
+        ArrayShape("f32", (8, 16)),
+        ArrayShape("f32", (32, 16)),
+        ArrayShape("f32", (2, 16)),
+        ArrayShape("bf16", (4, 64, 16)),
+        ArrayShape("bf16", (4, 16, 16)),
+    }
+
+
+@pytest.mark.fast
+def test_an_array_is_above_where_two_of_its_dimensions_are():
+    assert arrays_above(PROGRAM, 16, 64) == arrays_above(PROGRAM, 64, 16) == {ArrayShape("bf16", (4, 64, 16))}
+    assert arrays_above(PROGRAM, 17, 17) == set()
+    assert ArrayShape("f32", (32, 16)) in arrays_above(PROGRAM, 16, 16)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("type_", "expected"),
+    [
+        ("bf16[3,5]{1,0:T(8,128)(2,1)}", 30),
+        ("(f32[2], pred[3]{0})", 11),
+        ("s4[6]", 3),
+        ("f32[]", 4),
+        ("token[]", 0),
+        ("f8e4m3fn[3,2]", 6),
+    ],
+)
+def test_bytes_of_types(type_: str, expected: int):
+    assert num_bytes(type_) == expected
