@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 THREADS = 2
 ROWS, LENGTH, STEPS = 16, 256, 5
@@ -103,11 +104,19 @@ def torch_update(initial: dict) -> Update:
     return update
 
 
-def seconds(update: Update, batches: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    began = time.perf_counter()
+class Timing(NamedTuple):
+    """Seconds an update."""
+
+    wall: float
+    cpu: float
+    """Of all threads: hardly changed by what else the machine does, but blind to threads that wait."""
+
+
+def timed(update: Update, batches: list[tuple[np.ndarray, np.ndarray]]) -> Timing:
+    wall, cpu = time.perf_counter(), time.process_time()
     for batch in batches:
         update(*batch)
-    return (time.perf_counter() - began) / len(batches)
+    return Timing((time.perf_counter() - wall) / len(batches), (time.process_time() - cpu) / len(batches))
 
 
 def main() -> None:
@@ -116,7 +125,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="updates of each of the two in a round")
     parser.add_argument("--scan-layers", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--remat", default="none", choices=["none", "full", "dots", "attention"])
-    parser.add_argument("--chunk-tokens", type=int, default=2048, help="train.loss_chunk_tokens")
+    parser.add_argument("--chunk-tokens", type=int, default=1024, help="train.loss_chunk_tokens")
     arguments = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -134,19 +143,23 @@ def main() -> None:
         sys.exit("the two do not compute the same: nothing is timed")
 
     tokens = ROWS * LENGTH
-    ratios, our_times, their_times = [], [], []
+    our_times: list[Timing] = []
+    their_times: list[Timing] = []
     for number in range(arguments.rounds):
         order = [(ours, ours_batches, our_times), (theirs, batches, their_times)]
         for update, inputs, times in order if number % 2 == 0 else reversed(order):
-            times.append(seconds(update, inputs[: arguments.steps]))
-        ratios.append(their_times[-1] / our_times[-1])
-        print(f"round {number}: ours {tokens / our_times[-1]:,.0f}, torch {tokens / their_times[-1]:,.0f} tokens/s")
+            times.append(timed(update, inputs[: arguments.steps]))
+        rates = tokens / our_times[-1].wall, tokens / their_times[-1].wall
+        print("round {}: ours {:,.0f}, torch {:,.0f} tokens/s".format(number, *rates), flush=True)
+    ratios = [theirs.wall / ours.wall for ours, theirs in zip(our_times, their_times, strict=True)]
+    cpu_ratios = [theirs.cpu / ours.cpu for ours, theirs in zip(our_times, their_times, strict=True)]
     result = {
         "name": "cpu_vs_torch",
         "ratio": round(statistics.median(ratios), 4),
         "ratios": [round(ratio, 4) for ratio in ratios],
-        "ours_tokens_per_second": round(tokens / statistics.median(our_times)),
-        "torch_tokens_per_second": round(tokens / statistics.median(their_times)),
+        "cpu_seconds_ratio": round(statistics.median(cpu_ratios), 4),
+        "ours_tokens_per_second": round(tokens / statistics.median(timing.wall for timing in our_times)),
+        "torch_tokens_per_second": round(tokens / statistics.median(timing.wall for timing in their_times)),
         "loss_difference": difference,
         "parameters": parameter_count(MODEL),
         "batch": f"{ROWS} x {LENGTH} tokens, float32",

@@ -28,8 +28,8 @@ def evaluate(
     """Measure how well a trained model predicts a file, or the held-out rows of its dataset.
 
     A file is taken as it is, as UTF-8, with the tokenizer's BOS and without EOS, and every token but the first is
-    scored once: nll is the sum in nats. Without --text, the first evaluate.max_rows rows of the validation split are
-    scored as in training. KEY=VALUE may be of mesh, precision, data.path, train.attention_kernel, evaluate.max_rows.
+    scored once: nll is the sum in nats. Without --text, evaluate.max_rows rows of the validation split are scored
+    as in training. KEY=VALUE may be of mesh, precision, data.path, train.attention_kernel, evaluate.max_rows.
 
     Example: lmjax evaluate runs/quickstart --text README.md --json
     """

@@ -111,21 +111,28 @@ class Batches:
 
 
 class EvaluationBatches:
-    """Every row of a split once, in the order of the plan; the last batch is filled with empty rows."""
+    """Rows of a split once, in the order of the plan; the last batch is filled with empty rows."""
 
-    def __init__(self, directory: str, index: Index, plan: Plan, *, global_batch_size: int):
+    def __init__(
+        self, directory: str, index: Index, plan: Plan, *, global_batch_size: int, max_rows: int | None = None
+    ):
+        """At most ``max_rows`` rows, evenly spread over the split: the first ones may all be of its first source."""
         assert global_batch_size >= 1
-        self.num_rows = plan.num_rows
+        self.num_rows = plan.num_rows if max_rows is None else min(max_rows, plan.num_rows)
         self.global_batch_size = global_batch_size
-        self.num_batches = -(-plan.num_rows // global_batch_size)
+        self.num_batches = -(-self.num_rows // global_batch_size)
+        self._chosen = np.arange(self.num_rows, dtype=np.int64) * plan.num_rows // max(self.num_rows, 1)
         self._reader = RowReader(directory, index, plan)
 
     def rows(self, number: int, start: int, stop: int) -> Batch:
         """Rows ``start`` to ``stop`` (exclusive) of global batch ``number``, which is counted from 0."""
         assert 0 <= number < self.num_batches
         assert 0 <= start <= stop <= self.global_batch_size
-        rows = np.arange(start, stop) + number * self.global_batch_size
-        return self._reader.read(np.where(rows < self.num_rows, rows, EMPTY_ROW))
+        places = np.arange(start, stop) + number * self.global_batch_size
+        rows = np.full(len(places), EMPTY_ROW, np.int64)
+        there = places < self.num_rows
+        rows[there] = self._chosen[places[there]]
+        return self._reader.read(rows)
 
 
 class EpochOrder:

@@ -52,7 +52,7 @@ class EvaluateConfig:
     every_steps: int = 500
     """Updates between two evaluations."""
     max_rows: int = 256
-    """Rows of the validation split that are scored, from its start."""
+    """Rows of the validation split that are scored, evenly spread over it."""
     prompts: tuple[str, ...] = ()
     """Texts that are continued after every evaluation, into samples.jsonl."""
     sample_tokens: int | None = None

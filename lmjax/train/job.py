@@ -117,8 +117,8 @@ def check_shapes(job: Job, mesh: Mesh) -> None:
         )
     if job.data.sequence_length > job.model.max_length:
         raise InputError(
-            f"data.sequence_length {job.data.sequence_length} is above model.max_length {job.model.max_length}: the model "
-            "has no positions for such rows. Raise the one or lower the other."
+            f"data.sequence_length {job.data.sequence_length} is above model.max_length {job.model.max_length}: the "
+            "model has no positions for such rows. Raise the one or lower the other."
         )
 
 
@@ -157,7 +157,9 @@ def open_dataset(job: Job) -> Dataset:
         index=index,
         tokenizer=load_tokenizer(directory),
         batches=Batches(directory, index, plans["train"], global_batch_size=rows, seed=job.train.seed),
-        evaluation=EvaluationBatches(directory, index, plans["validation"], global_batch_size=micro_rows)
+        evaluation=EvaluationBatches(
+            directory, index, plans["validation"], global_batch_size=micro_rows, max_rows=job.evaluate.max_rows
+        )
         if "validation" in plans and plans["validation"].num_rows
         else None,
     )

@@ -1,6 +1,7 @@
 """A run from its first step to its last: everything that happens in it is in ``run``."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ from lmjax.checkpoint.processes import decide
 from lmjax.checkpoint.restore import restore
 from lmjax.checkpoint.save import Saver
 from lmjax.compat import device_memory_peak
-from lmjax.data.batches import Batch
 from lmjax.data.index import fingerprint
 from lmjax.errors import InputError, PreemptedError
 from lmjax.generate.decode import Generator
@@ -197,24 +197,16 @@ class HeldOut:
             self._recorder.sample_rows({"step": step, "prompt": prompt, "text": text} for prompt, text in rows)
 
     def _batches(self) -> Iterator[DeviceBatch]:
-        """The first ``evaluate.max_rows`` rows, in batches of a micro-batch's size."""
-        yield from evaluation_batches(self._dataset, self._job, self._program.mesh)
+        return evaluation_batches(self._dataset, self._job, self._program.mesh)
 
 
 def evaluation_batches(dataset: Dataset, job: Job, mesh: Mesh) -> Iterator[DeviceBatch]:
-    """The first ``evaluate.max_rows`` validation rows on the devices, one micro-batch at a time."""
+    """The validation rows to score, on the devices, one micro-batch at a time."""
     source = dataset.evaluation
     assert source is not None
-    rows = source.global_batch_size
-    length = job.data.sequence_length
-    for number in range(min(source.num_batches, -(-job.evaluate.max_rows // rows))):
-
-        def scored(start: int, stop: int, number: int = number) -> Batch:
-            batch = source.rows(number, start, stop)
-            kept = np.arange(start, stop) + number * rows < job.evaluate.max_rows
-            return batch._replace(weights=batch.weights * kept[:, None].astype(np.float32))
-
-        yield to_devices(scored, rows, length, 1, mesh)
+    for number in range(source.num_batches):
+        rows = functools.partial(source.rows, number)
+        yield to_devices(rows, source.global_batch_size, job.data.sequence_length, 1, mesh)
 
 
 def batch_maker(job: Job, dataset: Dataset, mesh: Mesh) -> Callable[[int], DeviceBatch]:

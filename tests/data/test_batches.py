@@ -212,3 +212,13 @@ def test_a_damaged_shard_is_an_error_that_names_it(dataset, tmp_path, damage):
     file.write_bytes(original)
     verify_shards(*dataset[:2], "train")
     assert equal(batches(dataset).rows(0, 0, BATCH), whole)
+
+
+def test_a_part_of_the_evaluation_rows_is_spread_over_the_split(dataset):
+    whole = EvaluationBatches(*dataset, global_batch_size=1)
+    some = EvaluationBatches(*dataset, global_batch_size=1, max_rows=3)
+    assert some.num_batches == 3
+    total = whole.num_rows
+    for number, row in enumerate((0, total // 3, 2 * total // 3)):
+        assert equal(some.rows(number, 0, 1), whole.rows(row, 0, 1))
+    assert EvaluationBatches(*dataset, global_batch_size=1, max_rows=total + 5).num_rows == total
