@@ -24,7 +24,6 @@ from lmjax.optim import OptimizerConfig
 from lmjax.plan.compile import CompiledStep, compile_step, topology_mesh
 from lmjax.plan.hlo import arrays_above
 from lmjax.train.feed import abstract_batch
-from lmjax.train.job import Program
 from lmjax.train.state import make_blueprint
 
 TOPOLOGY = "v5p:4x4x4"
@@ -40,13 +39,9 @@ GIB = 2**30
 def compile_llama3_8b() -> CompiledStep:
     """With everything as the configs have it by default: full remat, attention by auto, chunks of 2048 tokens."""
     mesh = topology_mesh(MESH, TOPOLOGY)
-    program = Program(
-        mesh=mesh,
-        blueprint=make_blueprint(MODEL, OptimizerConfig(), 1000, mesh),
-        execution=Execution(compute_dtype=jnp.dtype("bfloat16"), platform="tpu"),
-        loss=LossOptions(),
-    )
-    return compile_step(program, abstract_batch(ROWS, LENGTH, 1, mesh))
+    blueprint = make_blueprint(MODEL, OptimizerConfig(), 1000, mesh)
+    execution = Execution(compute_dtype=jnp.dtype("bfloat16"), platform="tpu")
+    return compile_step(blueprint, execution, LossOptions(), abstract_batch(ROWS, LENGTH, 1, mesh))
 
 
 def quadratic_arrays(step: CompiledStep) -> list[str]:

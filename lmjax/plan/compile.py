@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 
 from lmjax.errors import InputError
 from lmjax.mesh import MeshConfig, make_mesh
+from lmjax.models.decoder import Execution
+from lmjax.ops.cross_entropy import LossOptions
 from lmjax.plan.hlo import Collective, collectives
-from lmjax.train.job import Program
+from lmjax.train.state import Blueprint
 from lmjax.train.step import DeviceBatch, make_step
 
 EXAMPLES = ("v4:2x2x2", "v5e:4x4", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x2", "v6e:16x16", "tpu7x:2x2x1")
@@ -31,7 +33,7 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """One device's share of a compiled train step. Bytes of loops and flops count a loop's body once."""
+    """One device's share of a compiled train step. Collectives and flops count a loop's body once."""
 
     argument_bytes: int
     """State and batch."""
@@ -89,16 +91,16 @@ def topology_mesh(config: MeshConfig, name: str) -> Mesh:
         ) from error
 
 
-def compile_step(program: Program, batch: DeviceBatch) -> CompiledStep:
-    """Compile the train step of ``program``, whose devices need not be here, for batches of the shapes of ``batch``.
+def compile_step(blueprint: Blueprint, execution: Execution, options: LossOptions, batch: DeviceBatch) -> CompiledStep:
+    """Compile what ``make_step`` gives for batches of the shapes of ``batch``; the mesh's devices need not be here.
 
     Raises InputError for a step that does not fit the devices' memory.
     """
-    mesh, platform = program.mesh, program.execution.platform
+    mesh = blueprint.mesh
     began = time.perf_counter()
-    step = jax.jit(make_step(program.blueprint, program.execution, program.loss), donate_argnums=0)
+    step = jax.jit(make_step(blueprint, execution, options), donate_argnums=0)
     with jax.set_mesh(mesh):
-        lowered = step.trace(program.blueprint.state, batch).lower(lowering_platforms=(platform,))
+        lowered = step.trace(blueprint.state, batch).lower(lowering_platforms=(execution.platform,))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

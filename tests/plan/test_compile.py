@@ -14,7 +14,6 @@ from lmjax.optim import OptimizerConfig
 from lmjax.plan.compile import CompiledStep, compile_step, topology_devices, topology_mesh
 from lmjax.plan.hlo import arrays_above
 from lmjax.train.feed import abstract_batch
-from lmjax.train.job import Program
 from lmjax.train.state import make_blueprint
 
 LENGTH = 1024
@@ -32,17 +31,14 @@ def _needs_libtpu():
 def compiled(mesh_config: MeshConfig, topology: str, *, config: DecoderConfig = CONFIG, **changes) -> CompiledStep:
     """One sequence for each chip that has a part of the batch."""
     mesh = topology_mesh(mesh_config, topology)
-    program = Program(
-        mesh=mesh,
-        blueprint=make_blueprint(config, OptimizerConfig(), 10, mesh),
-        execution=dataclasses.replace(Execution(compute_dtype=jnp.dtype("bfloat16"), platform="tpu"), **changes),
-        loss=LossOptions(chunk_tokens=256),
-    )
-    return compile_step(program, abstract_batch(mesh.shape["data"] * mesh.shape["fsdp"], LENGTH, 1, mesh))
+    blueprint = make_blueprint(config, OptimizerConfig(), 10, mesh)
+    execution = dataclasses.replace(Execution(compute_dtype=jnp.dtype("bfloat16"), platform="tpu"), **changes)
+    batch = abstract_batch(mesh.shape["data"] * mesh.shape["fsdp"], LENGTH, 1, mesh)
+    return compile_step(blueprint, execution, LossOptions(chunk_tokens=256), batch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4), (8, 1, 1)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (8, 1, 1)])
 def test_a_step_compiles_and_nothing_in_it_is_quadratic(sizes: tuple[int, int, int]):
     data, fsdp, tensor = sizes
     config = dataclasses.replace(CONFIG, num_heads=4, vocab_size=tensor * LENGTH)
