@@ -39,7 +39,7 @@ quickstart: env ## train a small model on Python's own library, from text to sam
 	$(bin)/lmjax data prepare configs/quickstart.yaml
 	$(bin)/lmjax train configs/quickstart.yaml
 	$(bin)/lmjax evaluate runs/quickstart
-	$(bin)/lmjax generate runs/quickstart --prompt 'def ' --prompt 'import ' --prompt 'class ' --prompt '    for '
+	$(bin)/lmjax generate runs/quickstart --prompt 'def' --prompt 'import' --prompt 'class' --prompt '    for'
 	@echo 'The curves: runs/quickstart/report.html'
 
 ##@ Test

@@ -21,7 +21,7 @@ CODE_EXTENSIONS = (
     ".sh", ".sql", ".swift", ".tex", ".toml", ".ts", ".tsx", ".v", ".vue", ".yaml", ".yml", ".zig",
 )
 # fmt: on
-NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 DOCUMENT_BYTES = 4 * 2**20
 """A text file that is longer is cut, at ends of lines, into documents of about this size: memory stays bounded."""
 LINE_SEARCH_BYTES = 2**16
