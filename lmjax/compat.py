@@ -1,6 +1,7 @@
 """The only place that knows the differences between JAX and Flax versions, and their private names."""
 
-import jax
+from typing import Any
+
 from flax import nnx
 from jax._src import distributed
 
@@ -13,7 +14,7 @@ def coordination_client():
     return distributed.global_state.client
 
 
-def device_memory_peak(device: jax.Device) -> int | None:
+def device_memory_peak(device: Any) -> int | None:
     """Bytes in use at the peak on ``device``, where its runtime tells."""
     stats = device.memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")

@@ -20,18 +20,18 @@ def config_class(cls: type[T]) -> type[T]:
     pydantic's error, to which ``lmjax.config`` adds the file and the full key.
     """
     settings = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    checked = dataclasses.dataclass(config=settings, frozen=True, kw_only=True)(cls)
+    checked: typing.Any = dataclasses.dataclass(config=settings, frozen=True, kw_only=True)(cls)
     build = checked.__init__
 
     @functools.wraps(build)
-    def __init__(self: T, *args: typing.Any, **fields: typing.Any) -> None:
+    def __init__(self: typing.Any, *args: typing.Any, **fields: typing.Any) -> None:
         try:
             build(self, *args, **fields)
         except pydantic.ValidationError as error:
             raise InputError("; ".join(_line(cls.__name__, found) for found in error.errors())) from None
 
     checked.__init__ = __init__
-    return typing.cast(type[T], checked)
+    return checked
 
 
 def _line(name: str, found: typing.Any) -> str:
