@@ -1,4 +1,4 @@
-"""Every committed YAML loads, is short, says what it is for, and holds only what differs from the defaults."""
+"""Every committed YAML loads, is short, says what it is for, holds only what differs from the defaults, and lowers."""
 
 import copy
 import re
@@ -6,13 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 from omegaconf import OmegaConf
 
 from lmjax.config import RunConfig, load, load_as, load_model
 from lmjax.config.run import ModelFile
 from lmjax.errors import InputError
+from lmjax.mesh import MeshConfig, make_mesh
 from lmjax.models.counts import parameter_count
+from lmjax.models.decoder import DecoderConfig, Execution
+from lmjax.ops.cross_entropy import LossOptions
+from lmjax.optim import OptimizerConfig
+from lmjax.train.config import TrainConfig
+from lmjax.train.feed import abstract_batch
+from lmjax.train.state import make_blueprint
+from lmjax.train.step import make_step
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 40
@@ -98,6 +109,32 @@ def test_a_model_loads_and_states_its_parameters_and_its_source(file, tmp_path):
     assert re.search(r"arXiv \d{4}\.\d{5}", comment)
     assert len(text.splitlines()) <= MAX_LINES
     assert redundant(ModelFile, ROOT / file, tmp_path / "rest.yaml") == []
+
+
+def lowered(model: DecoderConfig, train: TrainConfig, length: int, mesh: Mesh) -> str:
+    """The train step's program, before any compiler sees it."""
+    blueprint = make_blueprint(model, OptimizerConfig(), train.steps, mesh)
+    execution = Execution(compute_dtype=jnp.dtype("bfloat16"), remat=train.remat, scan_layers=train.scan_layers)
+    batch = abstract_batch(train.global_batch_size, length, train.accumulation, mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(make_step(blueprint, execution, LossOptions())).lower(blueprint.state, batch).as_text()
+
+
+@pytest.mark.parametrize("file", names(EXPERIMENTS))
+def test_the_step_of_an_experiment_lowers(file):
+    config = load(str(ROOT / file))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    program = lowered(config.model, config.train, config.data.sequence_length, mesh)
+    rows = config.train.global_batch_size // config.train.accumulation
+    assert f"tensor<{rows}x{config.data.sequence_length}x{config.model.embed_dim}xbf16>" in program
+
+
+@pytest.mark.parametrize("file", names(MODELS))
+def test_the_step_of_a_model_lowers_on_a_mesh(file):
+    model = load_model(str(ROOT / file))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    program = lowered(model, TrainConfig(steps=1, global_batch_size=8), 256, mesh)
+    assert f"{model.embed_dim}x{model.mlp_dim}xbf16>" in program
 
 
 def test_the_files_were_found():

@@ -28,7 +28,6 @@ def train(
     from lmjax.mesh import start_distributed
     from lmjax.train.job import make_program
     from lmjax.train.loop import run
-    from lmjax.train.report import write_report
 
     if as_json and not dry_run:
         raise InputError("--json prints the table of --dry-run as one object; give both, or neither")
@@ -53,6 +52,8 @@ def train(
         raise InputError(failure)
     run(job)
     if jax.process_index() == 0:
+        from lmjax.train.report import write_report  # Matplotlib is not worth waiting for before the first step
+
         write_report(loaded.run_dir)
 
 

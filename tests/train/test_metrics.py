@@ -17,9 +17,10 @@ def row(step: int) -> dict[str, Any]:
 @pytest.mark.fast
 def test_rows_after_the_step_and_a_cut_last_line_are_dropped(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row(step)) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    rows = [row(step) | {"text": "one\u2028line\x85"} for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"step": 4, "lo')
     keep_rows_until(path, 2)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    assert [json.loads(line) for line in path.read_bytes().splitlines()] == rows[:2]
     keep_rows_until(tmp_path / "absent.jsonl", 2)
     assert not (tmp_path / "absent.jsonl").exists()
 
