@@ -2,7 +2,8 @@
 
     python -m benchmarks.cpu_vs_torch
 
-16 rows of 256 tokens in float32, two threads each. From the same weights and on the same batches both first have to
+16 rows of 256 tokens in float32, two threads each (THREADS=1 in the environment: one, which what else the machine does
+hardly disturbs). From the same weights and on the same batches both first have to
 come to the same losses for five updates. Then they are timed in rounds, one after the other, and the ratio is the
 median over the rounds. The peer is torch.compile'd, with scaled_dot_product_attention and fused AdamW; its compiler
 needs g++. The last line is one JSON object.
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-THREADS = 2
+THREADS = int(os.environ.get("THREADS", "2"))
 ROWS, LENGTH, STEPS = 16, 256, 5
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-3, 0.1, 1.0
 

@@ -1,6 +1,7 @@
 """How a component declares its config: a frozen dataclass whose fields are checked when it is built."""
 
 import functools
+import os.path
 import typing
 
 import pydantic
@@ -9,6 +10,9 @@ from pydantic import dataclasses
 from lmjax.errors import InputError
 
 T = typing.TypeVar("T")
+
+UserPath = typing.Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
+"""A path as people write it: ~ is their home directory, which no shell puts into a YAML file or after key=."""
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(pydantic.Field,))

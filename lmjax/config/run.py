@@ -10,7 +10,7 @@ from lmjax.mesh import MeshConfig
 from lmjax.models.decoder import DecoderConfig
 from lmjax.optim import OptimizerConfig
 from lmjax.precision import PrecisionConfig
-from lmjax.schema import config_class
+from lmjax.schema import UserPath, config_class
 from lmjax.train.config import EvaluateConfig, LoggingConfig, TrainConfig
 
 
@@ -18,7 +18,7 @@ from lmjax.train.config import EvaluateConfig, LoggingConfig, TrainConfig
 class RunConfig:
     """All that a training run depends on."""
 
-    run_dir: str
+    run_dir: UserPath
     """Directory of the run; a run that is there already is gone on with."""
     model: DecoderConfig
     """The decoder's shape."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from lmjax.schema import config_class
+from lmjax.schema import UserPath, config_class
 
 Content = Literal["prose", "code"]
 
@@ -15,7 +15,7 @@ class FilesSource:
 
     kind: Literal["files"] = "files"
     """Which class of source this is."""
-    path: str
+    path: UserPath
     """A file, a directory that is searched to the bottom (hidden ones left out), or a glob such as src/**/*.c."""
     content: Content = "prose"
     """Prose may be repaired by ftfy; code is kept as it is."""
@@ -39,7 +39,7 @@ class JsonlSource:
 
     kind: Literal["jsonl"] = "jsonl"
     """Which class of source this is."""
-    path: str
+    path: UserPath
     """A file, a directory (its .jsonl files, to the bottom), or a glob."""
     content: Content = "prose"
     """Prose may be repaired by ftfy; code is kept as it is."""
@@ -56,7 +56,8 @@ class JsonlSource:
 class StdlibSource:
     """The standard library of the running Python: its .py files as code, its .rst, .txt and .md files as prose.
 
-    Its tests, its tables of character encodings and what was installed beside it are left out. About 11 MB; it differs between versions of Python.
+    Its tests, its tables of character encodings and what was installed beside it are left out. About 11 MB; it differs between
+    versions of Python.
     """
 
     kind: Literal["stdlib"] = "stdlib"
@@ -70,7 +71,7 @@ Source = Annotated[FilesSource | JsonlSource | StdlibSource, pydantic.Field(disc
 class DataConfig:
     """From text to rows of tokens."""
 
-    path: str
+    path: UserPath
     """Directory of the prepared dataset."""
     sources: tuple[Source, ...]
     """Where the text comes from, in this order; of equal documents the first one is kept."""

@@ -14,7 +14,7 @@ import sentencepiece
 from lmjax.data.files import write_bytes
 from lmjax.data.index import INDEX_FILE, read_index
 from lmjax.errors import InputError
-from lmjax.schema import config_class
+from lmjax.schema import UserPath, config_class
 
 BYTES_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -59,7 +59,7 @@ class SentencePieceFile:
 
     kind: Literal["sentencepiece_file"] = "sentencepiece_file"
     """Which class of tokenizer this is."""
-    path: str
+    path: UserPath
     """The .model file."""
 
     def __post_init__(self) -> None:

@@ -93,7 +93,7 @@ class Generator:
         processes, all of them call this with the same arguments and get the same results. Raises InputError for a
         prompt that leaves no room in ``model.max_length``.
         """
-        self._check(prompts, max_tokens, temperature)
+        self.check(prompts, max_tokens, temperature)
         if not prompts:
             return []
         mesh = self._model.mesh
@@ -116,7 +116,8 @@ class Generator:
             )
         return [self._read(row[:max_tokens].tolist()) for row in np.asarray(new_BN)[: len(prompts)]]
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float) -> None:
+        """Raise the InputError that ``generate`` would raise for the same arguments."""
         if max_tokens < 1:
             raise InputError(f"the number of new tokens is {max_tokens}; ask for 1 or more")
         if not 0 <= temperature < float("inf"):

@@ -35,8 +35,10 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "accumulation", "loss_chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be 1 or more")
-        if self.seed < 0 or self.z_loss < 0:
-            raise ValueError(f"seed {self.seed} and z_loss {self.z_loss} have to be 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it has to be at least 0 and below 2^32")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss is {self.z_loss}; it has to be 0 or more")
         if self.global_batch_size % self.accumulation:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} does not divide into accumulation {self.accumulation} "
@@ -61,8 +63,9 @@ class EvaluateConfig:
     """Temperature of the samples; 0 takes the most probable token. 0.8 by default."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1 or self.max_rows < 1:
-            raise ValueError(f"every_steps {self.every_steps} and max_rows {self.max_rows} have to be 1 or more")
+        for name in ("every_steps", "max_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be 1 or more")
         for name in ("sample_tokens", "temperature"):
             if getattr(self, name) is not None and not self.prompts:
                 raise ValueError(f"{name} has an effect with prompts only, and there are none")

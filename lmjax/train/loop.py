@@ -64,6 +64,11 @@ def run(job: Job) -> None:
             recorder.message(f"attention of {kind} blocks: {kernel.name} ({kernel.why})")
         state = init_state(blueprint, job.train.seed) if state is None else state
         held_out = HeldOut(job, program, dataset, recorder)
+        if dataset.evaluation is None:
+            recorder.message(
+                f"{dataset.directory} holds no document out, so no loss is evaluated: evaluate.max_rows has no effect "
+                "(data.validation_fraction)"
+            )
         step = compile_step(job, program, recorder)
         feed = Feed(batch_maker(job, dataset, mesh), start, job.train.steps)
         clock = Clock(job, mesh)
@@ -179,6 +184,11 @@ class HeldOut:
         self._generator = (
             Generator(program.blueprint, program.execution, dataset.tokenizer) if job.evaluate.prompts else None
         )
+        self._num_tokens = job.evaluate.sample_tokens or 64
+        self._temperature = 0.8 if job.evaluate.temperature is None else job.evaluate.temperature
+        if self._generator is not None:  # now, and not at the first evaluation after a run has gone on for hours
+            prompts = [self._generator.encode(prompt) for prompt in job.evaluate.prompts]
+            self._generator.check(prompts, self._num_tokens, self._temperature)
 
     def score(self, step: int, state: TrainState) -> None:
         if self._dataset.evaluation is not None:
@@ -189,8 +199,8 @@ class HeldOut:
             samples = self._generator.generate_texts(
                 state.params,
                 config.prompts,
-                max_tokens=config.sample_tokens or 64,
-                temperature=0.8 if config.temperature is None else config.temperature,
+                max_tokens=self._num_tokens,
+                temperature=self._temperature,
                 seed=self._job.train.seed + step,
             )
             rows = zip(config.prompts, samples, strict=True)

@@ -81,7 +81,7 @@ class Recorder:
         if not primary:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_rows_until(run_dir / name, start)
+            keep_rows_until(run_dir / name, start or -1)  # from the beginning, step 0 is evaluated again
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._samples = (run_dir / "samples.jsonl").open("a", encoding="utf-8", buffering=1)
         self._handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")

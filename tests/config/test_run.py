@@ -32,6 +32,16 @@ def test_a_resolved_config_loads_back_to_itself(tmp_path):
     assert load(str(tmp_path / "config.yaml"), ["mesh.tensor=4"]) != config
 
 
+def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    sources = "data.sources=[{kind: files, path: ~/texts}, {kind: jsonl, path: '~/*.jsonl'}]"
+    tokenizer = "tokenizer={kind: sentencepiece_file, path: ~/my.model}"
+    config = load(QUICKSTART, ["run_dir=~/runs/a", "data.path=~/data~", sources, tokenizer])
+    assert (config.run_dir, config.data.path) == ("/home/someone/runs/a", "/home/someone/data~")
+    paths = [getattr(owner, "path", "") for owner in (*config.data.sources, config.tokenizer)]
+    assert paths == ["/home/someone/texts", "/home/someone/*.jsonl", "/home/someone/my.model"]
+
+
 def test_an_experiment_composes_an_architecture(tmp_path):
     top = tmp_path / "top.yaml"
     top.write_text(f"base: [{QUICKSTART}, {MODEL}]\ndata: {{sequence_length: 128}}\nmodel: {{num_layers: 2}}")
@@ -61,6 +71,9 @@ def test_an_architecture_alone_is_no_experiment_and_the_other_way_round():
         ("model.num_heads=7", "embed_dim"),
         ("checkpoint.every_steps=0", "checkpoint.every_steps is 0"),
         ("run_dir=''", "run_dir is empty"),
+        ("evaluate.max_rows=0", "evaluate.max_rows is 0; it has to be 1 or more"),
+        ("train.z_loss=-1.0", "train.z_loss is -1.0; it has to be 0 or more"),
+        ("train.seed=4294967296", "train.seed is 4294967296; it has to be at least 0 and below 2^32"),
     ],
 )
 def test_a_wrong_value_of_a_run_is_explained(override, answer):

@@ -24,6 +24,17 @@ def test_a_matrix_is_normal_and_keeps_its_axes():
     assert jnp.all(scale(5)[...] == 1)
 
 
+def test_matrices_are_normally_distributed():
+    """Moments, and the part within each deviation, of a hundred thousand numbers."""
+    values = np.asarray(matrix(jax.random.key(1), (100, 1000), ("embed", "mlp"), std=1.0)[...])
+    moments = [(values**power).mean() for power in (1, 2, 3, 4)]
+    np.testing.assert_allclose(moments, [0, 1, 0, 3], atol=0.06)
+    for deviations, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
+        assert (np.abs(values) < deviations).mean() == pytest.approx(share, abs=0.006)
+    one_key_apart = np.asarray(matrix(jax.random.key(2), (100, 1000), ("embed", "mlp"), std=1.0)[...])
+    assert abs((values * one_key_apart).mean()) < 0.02
+
+
 def test_axes_name_every_dimension():
     with pytest.raises(AssertionError):
         matrix(jax.random.key(0), (2, 3, 4), ("embed", "mlp"))

@@ -79,6 +79,44 @@ def test_a_run_directory_of_another_experiment_is_refused_and_left_alone(
     assert ((run / "config.yaml").read_bytes(), (run / "metrics.jsonl").read_bytes()) == before
 
 
+def test_a_run_that_was_refused_before_it_began_takes_the_repaired_config(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert "lmjax data prepare" in refused(capsys, "train", experiment("run"), f"data.path={tmp_path}/misspelt")
+    assert lmjax("train", experiment("run", train={"steps": 1})) == 0
+    assert "data.path" in refused(capsys, "train", experiment("run"), f"data.path={tmp_path}/misspelt")
+
+
+def test_a_run_directory_that_was_moved_goes_on(experiment: Experiment, tmp_path: Path):
+    assert lmjax("train", experiment("run", train={"steps": 1})) == 0
+    moved = (tmp_path / "run").rename(tmp_path / "moved ${1}")
+    assert lmjax("train", experiment("run", train={"steps": 1}), f"run_dir='{tmp_path}/moved \\${{1}}'") == 0
+    assert sorted(path.name for path in (moved / "checkpoints").iterdir()) == ["1"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_leave_no_room_are_refused_before_a_run_goes_on(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert lmjax("train", experiment("run", train={"steps": 1})) == 0
+    capsys.readouterr()
+    longer = experiment("run", train={"steps": 3}, evaluate={"prompts": ["one"], "sample_tokens": 64})
+    assert "Ask for at most 60" in refused(capsys, "train", longer)
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 3, "two evaluations and one update: nothing was trained in between"
+
+
+def test_a_dataset_without_held_out_documents_is_told_and_trains(
+    experiment: Experiment, dataset: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    section = {**dataset, "path": str(tmp_path / "all"), "validation_fraction": 0.0, "num_workers": 1}
+    file = experiment("run", data=section, train={"steps": 1})
+    assert lmjax("data", "prepare", file) == 0
+    assert lmjax("train", file) == 0
+    assert "holds no document out, so no loss is evaluated" in capsys.readouterr().out
+    assert "--text" in refused(capsys, "evaluate", str(tmp_path / "run"))
+
+
 def test_no_permission_to_write_is_one_message(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -41,6 +41,17 @@ def test_a_recorder_goes_on_where_the_run_was(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.fast
+def test_a_run_that_begins_again_writes_its_evaluation_of_step_0_once(tmp_path: Path):
+    for start, written in ((0, 1), (0, 1), (1, 2)):
+        recorder = Recorder(tmp_path, LoggingConfig(), start=start, steps=4, primary=True)
+        recorder.evaluation_row({"step": start, "eval_loss": 1.0, "perplexity": 2.0, "unigram_loss": 3.0})
+        recorder.sample_rows([{"step": start, "text": "a"}])
+        recorder.close()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            assert len((tmp_path / name).read_text().splitlines()) == written
+
+
+@pytest.mark.fast
 def test_a_process_that_is_not_the_first_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     recorder = Recorder(tmp_path, LoggingConfig(), start=0, steps=4, primary=False)
     recorder.train_row(row(1), last=True)
