@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from lmjax.cli.run_directory import open_run, to_job
+from lmjax.cli.run_directory import to_job
 from lmjax.config import load
 from lmjax.data.prepare import prepare
 from lmjax.train.job import Job, make_program, open_dataset
@@ -58,7 +58,7 @@ def make_job(directory: Path, name: str, steps: int) -> Job:
     config = load("configs/quickstart.yaml", overrides)
     if not (directory / "dataset" / "index.json").exists():
         prepare(config.data, config.tokenizer)
-    open_run(config)
+    (directory / name).mkdir()
     return to_job(config)
 
 

@@ -80,8 +80,6 @@ def score_validation(opened: OpenModel) -> dict[str, Any]:
     """What an evaluation row of metrics.jsonl has, from the same rows."""
     import dataclasses
 
-    import numpy as np
-
     from lmjax.cli.run_directory import to_job
     from lmjax.mesh import batch_shards
     from lmjax.ops.cross_entropy import LossOptions
@@ -100,8 +98,6 @@ def score_validation(opened: OpenModel) -> dict[str, Any]:
             f"{dataset.directory}: no document was held out (data.validation_fraction), so there is nothing to "
             "evaluate on. Give a file with --text."
         )
-    counts = np.asarray(dataset.index.token_counts)
-    counts = np.pad(counts, (0, opened.config.model.vocab_size - len(counts)))
     options = LossOptions(chunk_tokens=train.loss_chunk_tokens)
-    evaluator = make_evaluator(blueprint, opened.execution, options, counts)
+    evaluator = make_evaluator(blueprint, opened.execution, options, dataset.index.token_counts)
     return evaluator(opened.params, evaluation_batches(dataset, job, blueprint.mesh))._asdict()

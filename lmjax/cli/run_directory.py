@@ -1,30 +1,51 @@
 """A run's directory: made once, and gone on with by the same experiment only."""
 
+import contextlib
 import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from lmjax.config import RunConfig, check_resume, dump, load
 from lmjax.errors import InputError
 
 
-def open_run(config: RunConfig) -> None:
+@contextlib.contextmanager
+def opened_run(config: RunConfig) -> Iterator[None]:
     """Make ``config.run_dir`` with the resolved config in it, or check that the run there is the same experiment's.
 
-    A run that was refused before it began, for its dataset say, has a config and nothing else: it may be any other.
-    Raises InputError where it is not, and where the directory holds something that is not a run.
+    The directory is locked while the context lasts: two trainings in it would remove each other's checkpoints. A run
+    that was refused before it began, for its dataset say, has a config and nothing else: it may be any other. Raises
+    InputError where it is not, where another process trains it, and where the directory is not a run's.
     """
     run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{run_dir}: another process trains this run now. Wait until it ends, or choose another run_dir."
+            ) from None
+        _check(config, run_dir)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _check(config: RunConfig, run_dir: Path) -> None:
     recorded = run_dir / "config.yaml"
     if recorded.exists():
         if _has_begun(run_dir):
             before = dataclasses.replace(load(str(recorded)), run_dir=config.run_dir)  # it may have been moved
             check_resume(before, config, config.run_dir)
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
+    elif any(run_dir.iterdir()):
         raise InputError(
             f"{run_dir}: the directory is not empty and has no config.yaml, so it is not a run. "
             "Choose another run_dir, or empty this one."
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
     dump(config, str(recorded))
 
 

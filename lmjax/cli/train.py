@@ -1,5 +1,6 @@
 """``lmjax train``."""
 
+import contextlib
 from typing import Annotated
 
 import typer
@@ -22,7 +23,7 @@ def train(
     Example: lmjax train configs/quickstart.yaml train.steps=100
     """
     from lmjax.checkpoint.processes import share
-    from lmjax.cli.run_directory import open_run, to_job
+    from lmjax.cli.run_directory import opened_run, to_job
     from lmjax.config import load
     from lmjax.errors import InputError
     from lmjax.mesh import start_distributed
@@ -39,22 +40,23 @@ def train(
     if dry_run:
         print_state(make_program(job).blueprint, as_json)
         return
-    failure = None
-    if jax.process_index() == 0:
-        try:
-            make_program(job)  # a mesh or a batch that cannot be is refused before anything is written
-            open_run(loaded)
-        except InputError as error:
-            failure = str(error)
-        except OSError as error:  # said to the other processes too, which would wait for this one
-            failure = f"{error.filename}: {error.strerror}; choose a run_dir that can be written to"
-    if failure := share(failure):
-        raise InputError(failure)
-    run(job)
-    if jax.process_index() == 0:
-        from lmjax.train.report import write_report  # Matplotlib is not worth waiting for before the first step
+    with contextlib.ExitStack() as stack:
+        failure = None
+        if jax.process_index() == 0:
+            try:
+                make_program(job)  # a mesh or a batch that cannot be is refused before anything is written
+                stack.enter_context(opened_run(loaded))
+            except InputError as error:
+                failure = str(error)
+            except OSError as error:  # said to the other processes too, which would wait for this one
+                failure = f"{error.filename}: {error.strerror}; choose a run_dir that can be written to"
+        if failure := share(failure):
+            raise InputError(failure)
+        run(job)
+        if jax.process_index() == 0:
+            from lmjax.train.report import write_report  # Matplotlib is not worth waiting for before the first step
 
-        write_report(loaded.run_dir)
+            write_report(loaded.run_dir)
 
 
 def print_state(blueprint, as_json: bool) -> None:

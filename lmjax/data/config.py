@@ -56,8 +56,8 @@ class JsonlSource:
 class StdlibSource:
     """The standard library of the running Python: its .py files as code, its .rst, .txt and .md files as prose.
 
-    Its tests, its tables of character encodings and what was installed beside it are left out. About 11 MB; it differs between
-    versions of Python.
+    Its tests, its tables of character encodings and what was installed beside it are left out. About 11 MB; it
+    differs between versions of Python.
     """
 
     kind: Literal["stdlib"] = "stdlib"

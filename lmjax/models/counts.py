@@ -16,6 +16,9 @@ def training_flops(config: DecoderConfig, batch_size: int, length: int) -> int:
     Forward and twice as much backward. Counted are the matrix products (2 per multiply-add) of projections, MLPs, the
     logits and attention; of attention only the keys that a position may see (causal: half; sliding: the window). Not
     counted: recomputation, the embedding lookup, norms, softmax, the optimizer. Segments are not taken into account.
+
+    MFU (PaLM, arXiv 2204.02311 appendix B) is this, divided by the seconds of the step and the dense bfloat16 peak of
+    all devices, whatever dtype is computed in.
     """
     matrices = config.num_layers * _block_matrices(config) + config.vocab_size * config.embed_dim
     per_key = 2 * 2 * config.num_heads * config.head_width  # scores and weighted values

@@ -227,7 +227,7 @@ class Decoder(nnx.Module):
             new_cache = []
             for i, block in enumerate(group.blocks):
                 cache = None if group_cache is None else group_cache[i]
-                x_BTD, cache = checkpointed(apply, execution.remat)(x_BTD, block, cache)
+                x_BTD, cache = checkpointed(apply, execution.remat, scanned=execution.scan_layers)(x_BTD, block, cache)
                 new_cache.append(cache)
             return x_BTD, None if group_cache is None else tuple(new_cache)
 

@@ -35,8 +35,11 @@ class RematConfig:
             raise ValueError(f"a value is named twice in remat.save and remat.offload: {list(named)}")
 
 
-def checkpointed(function: F, remat: RematConfig) -> F:
-    """``function`` under ``jax.checkpoint`` as ``remat`` says."""
+def checkpointed(function: F, remat: RematConfig, *, scanned: bool) -> F:
+    """``function`` under ``jax.checkpoint`` as ``remat`` says; ``scanned`` if it is called in the body of a scan.
+
+    Elsewhere the compiler sees that what is computed again was computed before, and would keep it after all.
+    """
     match remat.policy:
         case "none":
             return function
@@ -53,4 +56,4 @@ def checkpointed(function: F, remat: RematConfig) -> F:
                 offload_src="device",
                 offload_dst="pinned_host",
             )
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)  # pyright: ignore[reportReturnType]
+    return jax.checkpoint(function, policy=policy, prevent_cse=not scanned)  # pyright: ignore[reportReturnType]

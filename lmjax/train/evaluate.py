@@ -1,7 +1,7 @@
 """The loss on the held-out rows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,14 +26,14 @@ class Evaluation(NamedTuple):
     tokens: int
 
 
-def unigram_log_probs(token_counts: np.ndarray) -> np.ndarray:
-    """log((count + 1) / (total + vocab)), float32 (vocab,)."""
+def unigram_log_probs(token_counts: Sequence[int]) -> np.ndarray:
+    """log((count + 1) / (total + vocab)), float32 (vocab,); vocab is that of the tokenizer, one count a token."""
     counts = np.asarray(token_counts, np.float64) + 1
     return np.log(counts / counts.sum()).astype(np.float32)
 
 
 def make_evaluator(
-    blueprint: Blueprint, execution: Execution, options: LossOptions, token_counts: np.ndarray
+    blueprint: Blueprint, execution: Execution, options: LossOptions, token_counts: Sequence[int]
 ) -> Callable[[Any, Iterator[DeviceBatch]], Evaluation]:
     """A function of (params, batches) that scores every batch; each has one micro-batch."""
     log_probs = jax.device_put(unigram_log_probs(token_counts), replicated(blueprint.mesh))

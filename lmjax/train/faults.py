@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import Self
 
@@ -38,12 +39,13 @@ class StopSignal:
         self._previous.clear()
 
 
-def check_finite(step: int, loss: float, grad_norm: float, last_saved: int | None) -> None:
-    """Raises DivergedError where an update had a loss or a gradient that is not finite."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+def check_finite(step: int, values: Mapping[str, float], last_saved: int | None) -> None:
+    """Raises DivergedError where one of the named values is not finite. ``last_saved`` is the last checkpoint."""
+    if all(map(math.isfinite, values.values())):
         return
+    told = " and ".join(f"{name} is {value!r}" for name, value in values.items())
     kept = "there is no checkpoint" if last_saved is None else f"the checkpoint of step {last_saved} is from before it"
     raise DivergedError(
-        f"step {step}: loss is {loss!r} and the gradient's norm is {grad_norm!r}; the run is stopped and {kept}. "
+        f"step {step}: {told}; the run is stopped and {kept}. "
         "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the batch of that step."
     )

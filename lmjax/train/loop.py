@@ -1,5 +1,6 @@
 """A run from its first step to its last: everything that happens in it is in ``run``."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from lmjax import __version__
@@ -47,9 +47,10 @@ def run(job: Job) -> None:
         check_same_data(restored.metadata, dataset, checkpoints / str(restored.step))
         start, tokens, state = restored.step, restored.metadata["tokens"], restored.state
     recorder = Recorder(Path(job.run_dir), job.logging, start=start, steps=job.train.steps, primary=primary)
-    saver = Saver(str(checkpoints), job.checkpoint)
-    feed = None
-    try:
+    with contextlib.ExitStack() as cleanup:  # each end is reached, whatever another one raises
+        cleanup.callback(recorder.close)
+        saver = Saver(str(checkpoints), job.checkpoint)
+        cleanup.callback(saver.close)
         for skipped in restored.skipped if restored else ():
             recorder.message(f"checkpoint {skipped.step} is not good and was skipped: {skipped.why}")
         if start >= job.train.steps:
@@ -71,6 +72,7 @@ def run(job: Job) -> None:
             )
         step = compile_step(job, program, recorder)
         feed = Feed(batch_maker(job, dataset, mesh), start, job.train.steps)
+        cleanup.callback(feed.close)
         clock = Clock(job, mesh)
         pending: Pending | None = None
         last_saved = None if restored is None else start
@@ -80,14 +82,14 @@ def run(job: Job) -> None:
             if pending is None:
                 return tokens
             row = clock.row(pending, tokens, feed.seconds_waited)
-            check_finite(row["step"], row["loss"], row["grad_norm"], last_saved)
+            check_finite(row["step"], {name: row[name] for name in ("loss", "grad_norm")}, last_saved)
             if row["step"] % job.logging.every_steps == 0 or row["step"] == job.train.steps:
                 recorder.train_row(row, last=row["step"] == job.train.steps)
             return row["tokens"]
 
         with StopSignal() as stop:
             if start == 0:
-                held_out.score(0, state)
+                held_out.score(0, state, last_saved)
             clock.restart()
             for number, batch in enumerate(feed, start + 1):
                 with jax.transfer_guard("disallow"):
@@ -102,7 +104,7 @@ def run(job: Job) -> None:
                     tokens = settle(pending, tokens)
                     pending = None
                     if evaluate:
-                        held_out.score(number, state)
+                        held_out.score(number, state, last_saved)
                     if last or stopped or number % job.checkpoint.every_steps == 0:
                         saver.save(number, state, checkpoint_metadata(job, dataset, tokens))
                         last_saved = number
@@ -117,11 +119,6 @@ def run(job: Job) -> None:
         recorder.message(
             f"done: step {job.train.steps}, {tokens:,.0f} tokens; {waited:.2%} of the time spent waiting for data"
         )
-    finally:
-        if feed is not None:
-            feed.close()
-        saver.close()
-        recorder.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +175,7 @@ class HeldOut:
 
     def __init__(self, job: Job, program: Program, dataset: Dataset, recorder: Recorder):
         self._job, self._program, self._dataset, self._recorder = job, program, dataset, recorder
-        counts = np.asarray(dataset.index.token_counts)
-        counts = np.pad(counts, (0, job.model.vocab_size - len(counts)))
+        counts = dataset.index.token_counts
         self._evaluate = make_evaluator(program.blueprint, program.execution, program.loss, counts)
         self._generator = (
             Generator(program.blueprint, program.execution, dataset.tokenizer) if job.evaluate.prompts else None
@@ -190,9 +186,11 @@ class HeldOut:
             prompts = [self._generator.encode(prompt) for prompt in job.evaluate.prompts]
             self._generator.check(prompts, self._num_tokens, self._temperature)
 
-    def score(self, step: int, state: TrainState) -> None:
+    def score(self, step: int, state: TrainState, last_saved: int | None) -> None:
+        """Raises DivergedError for a loss that is not finite, before anything of these parameters is written."""
         if self._dataset.evaluation is not None:
             result = self._evaluate(state.params, self._batches())
+            check_finite(step, {"eval_loss": result.eval_loss}, last_saved)
             self._recorder.evaluation_row({"step": step, **result._asdict()})
         if self._generator is not None:
             config = self._job.evaluate

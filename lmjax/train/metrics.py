@@ -26,6 +26,8 @@ PEAK_FLOPS = {
     "TPU v6e": 918e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
 }
 """Dense bfloat16 operations per second of one device, by the start of its ``device_kind`` (vendors' data sheets)."""
@@ -49,11 +51,9 @@ def keep_rows_until(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):  # of text, U+2028 within a sample would end a line too
-        try:
-            row = json.loads(line)
-        except ValueError:  # not JSON, or cut within a character
+        if not line.endswith(b"\n"):
             break
-        if row["step"] <= step:
+        if json.loads(line)["step"] <= step:
             kept.append(line)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(b"".join(kept))

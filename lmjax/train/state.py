@@ -14,11 +14,6 @@ from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from lmjax.sharding import parameter_spec, replicated
 
 
-INIT_COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 0}}
-"""By platform. Optimised, jaxlib 0.12 rounds the inverse error function of an element by where in a device's part of the
-array it lies, and so the initial parameters would depend on the mesh."""
-
-
 class TrainState(NamedTuple):
     """Everything that an update reads and writes."""
 
@@ -99,8 +94,7 @@ def init_state(blueprint: Blueprint, seed: int) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, blueprint.optimizer.init(params))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.state)
-    options = INIT_COMPILER_OPTIONS.get(blueprint.mesh.devices.flat[0].platform)
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
 def _is_variable(value: Any) -> bool:

@@ -76,6 +76,15 @@ def test_policies_keep_what_they_say(scan_layers, problem):
     assert kept["none"] > kept["dots"] + 3 * stream
 
 
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_unrolled_blocks_are_kept_from_being_merged_with_their_recomputation(scan_layers, problem):
+    """Without barriers, on TPU six unrolled blocks under full remat took the memory of no remat, 3.3 times as much."""
+    params, loss = problem
+    gradient = jax.jit(jax.grad(loss), static_argnums=(1, 2))
+    lowered = gradient.lower(params, POLICIES["full"], scan_layers).as_text()
+    assert lowered.count("optimization_barrier") == (0 if scan_layers else CONFIG.num_layers)
+
+
 def test_full_computes_the_forward_pass_again(problem):
     params, loss = problem
 

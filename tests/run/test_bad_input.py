@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from lmjax.cli.run_directory import opened_run
+from lmjax.config import load
 from lmjax.data.index import fingerprint, read_index
 from lmjax.errors import InputError
 from lmjax.train import loop
@@ -115,6 +117,17 @@ def test_a_dataset_without_held_out_documents_is_told_and_trains(
     assert lmjax("train", file) == 0
     assert "holds no document out, so no loss is evaluated" in capsys.readouterr().out
     assert "--text" in refused(capsys, "evaluate", str(tmp_path / "run"))
+
+
+def test_a_run_that_another_process_trains_is_refused_and_left_alone(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = experiment("run")
+    with opened_run(load(file)):
+        before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        assert "another process trains this run" in refused(capsys, "train", file)
+        assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert lmjax("train", file, "train.steps=1") == 0, "the lock is gone with its holder"
 
 
 def test_no_permission_to_write_is_one_message(

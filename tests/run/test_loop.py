@@ -2,14 +2,17 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lmjax.errors import InputError
 from lmjax.train import loop
 from lmjax.train.step import StepMetrics
 from tests.command import lmjax
@@ -70,6 +73,32 @@ def test_a_run_that_lost_its_later_steps_ends_with_the_same_bits(whole: Path, ke
     assert evaluation_rows(whole) == evaluations
 
 
+@pytest.mark.slow
+def test_accumulation_bfloat16_and_a_sharded_mesh_resume_to_the_same_bits(experiment: Experiment, tmp_path: Path):
+    """Without batch hashes, with every second row written, and samples drawn between the updates."""
+    file = experiment(
+        "whole",
+        mesh={"data": 2, "fsdp": 2, "tensor": 2},
+        precision={"compute": "bfloat16"},
+        train={"accumulation": 2, "log_batch_hash": False},
+        logging={"every_steps": 2},
+        evaluate={"prompts": ["the"], "sample_tokens": 4},
+        checkpoint={"every_steps": 3},
+    )
+    run = tmp_path / "whole"
+
+    def told() -> tuple:
+        train = [(row["step"], row["loss"], row["grad_norm"], row["tokens"]) for row in rows(run) if "loss" in row]
+        return train, evaluation_rows(run), (run / "samples.jsonl").read_text()
+
+    assert lmjax("train", file) == 0
+    whole = told()
+    assert [row[0] for row in whole[0]] == [2, 4, 6]
+    shutil.rmtree(run / "checkpoints" / "6")
+    assert lmjax("train", file) == 0
+    assert told() == whole
+
+
 def test_another_seed_gives_other_batches_and_losses(whole: Path, experiment: Experiment, tmp_path: Path):
     assert lmjax("train", experiment("other", train={"seed": 1})) == 0
     for one, other in zip(train_rows(whole), train_rows(tmp_path / "other"), strict=True):
@@ -125,6 +154,46 @@ def test_a_loss_that_is_not_finite_exits_3_with_the_last_checkpoint_intact(
     assert "step 4: loss is nan" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "diverged" / "checkpoints").iterdir()) == ["2"]
     assert lmjax("checkpoint", "verify", str(tmp_path / "diverged" / "checkpoints")) == 0
+
+
+def test_an_evaluation_that_is_not_finite_exits_3_and_its_parameters_are_not_saved(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    make = loop.make_evaluator
+
+    def make_spoiled(*arguments):
+        evaluate = make(*arguments)
+        results = []
+
+        def spoiled(*arguments):
+            results.append(evaluate(*arguments))
+            return results[-1]._replace(eval_loss=float("nan")) if len(results) == 3 else results[-1]
+
+        return spoiled
+
+    monkeypatch.setattr(loop, "make_evaluator", make_spoiled)
+    assert lmjax("train", experiment("diverged")) == 3
+    assert "step 6: eval_loss is nan; the run is stopped and the checkpoint of step 4" in capsys.readouterr().err
+    run = tmp_path / "diverged"
+    assert [step for step, _ in evaluation_rows(run)] == [0, 3]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_a_run_that_fails_anywhere_ends_its_threads_and_its_logging(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def failing(*_):
+        raise InputError("the disk is full")
+
+    file = experiment("failing")
+    monkeypatch.setattr(loop.Saver, "close", failing)
+    assert lmjax("train", file, "train.steps=1") == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "Saver", failing)
+    assert lmjax("train", file) == 2
+    assert capsys.readouterr().err.count("the disk is full") == 2
+    assert logging.getLogger("lmjax").handlers == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
 
 
 def test_a_dry_run_prints_every_leaf_and_writes_nothing(

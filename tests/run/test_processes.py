@@ -12,14 +12,32 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def launch(processes: int, devices: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``lmjax`` in ``processes`` processes of ``devices`` CPU devices each."""
+COMMAND = "from lmjax.cli.main import main; main()"
+
+IN_PROCESS_1_BEFORE_BATCH_2 = """
+import os, signal
+from lmjax.train import loop
+make = loop.batch_maker
+def batch_maker(*arguments):
+    inner = make(*arguments)
+    def batch(step):
+        if step == 2 and os.environ["JAX_PROCESS_ID"] == "1":
+            {}
+        return inner(step)
+    return batch
+loop.batch_maker = batch_maker
+"""
+"""What happens to one of the processes while a run is under way."""
+
+
+def launch(processes: int, devices: int, *arguments: str, code: str = COMMAND) -> subprocess.CompletedProcess[str]:
+    """``lmjax`` (or ``code``) in ``processes`` processes of ``devices`` CPU devices each."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": str(ROOT),
     }
-    program = [sys.executable, "-c", "from lmjax.cli.main import main; main()", *arguments]
+    program = [sys.executable, "-c", code, *arguments]
     command = [str(ROOT / "launch" / "local.sh"), str(processes), *program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
@@ -62,3 +80,27 @@ def test_a_process_that_refuses_its_config_ends_all_of_them_with_2(experiment: C
     assert "3" in ended.stderr + ended.stdout
     assert "data" in ended.stderr + ended.stdout
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(experiment: Callable[..., str], tmp_path: Path):
+    file = experiment("stopped", checkpoint={"every_steps": 100})
+    code = IN_PROCESS_1_BEFORE_BATCH_2.format("os.kill(os.getpid(), signal.SIGTERM)") + COMMAND
+    ended = launch(2, 1, "train", file, code=code)
+    assert ended.returncode == 75, ended.stdout + ended.stderr
+    last = train_rows(tmp_path / "stopped")[-1]["step"]
+    assert last < 6
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == [str(last)]
+    for process in range(2):
+        assert f"[{process}] lmjax: stopped by a signal after step {last}" in ended.stderr
+    ended = launch(2, 1, "train", file)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert [row["step"] for row in train_rows(tmp_path / "stopped")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_of_them(experiment: Callable[..., str]):
+    code = IN_PROCESS_1_BEFORE_BATCH_2.format('raise loop.InputError("this row cannot be read")') + COMMAND
+    ended = launch(2, 1, "train", experiment("failed"), code=code)
+    assert "[1] lmjax: this row cannot be read" in ended.stderr
+    assert ended.returncode != 0

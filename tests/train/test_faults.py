@@ -38,11 +38,11 @@ def test_handlers_are_given_back():
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
 def test_what_is_not_finite_names_the_step_and_the_last_checkpoint(loss: float, norm: float):
     with pytest.raises(DivergedError, match=r"step 7: .*step 5 is from before"):
-        check_finite(7, loss, norm, 5)
-    with pytest.raises(DivergedError, match="there is no checkpoint"):
-        check_finite(7, loss, norm, None)
+        check_finite(7, {"loss": loss, "grad_norm": norm}, 5)
+    with pytest.raises(DivergedError, match=r"grad_norm is .*there is no checkpoint"):
+        check_finite(7, {"loss": loss, "grad_norm": norm}, None)
 
 
 @pytest.mark.fast
 def test_finite_values_pass():
-    check_finite(7, 1e30, 0.0, None)
+    check_finite(7, {"loss": 1e30, "grad_norm": 0.0}, None)
