@@ -46,7 +46,7 @@ def checkpointed(function: F, remat: RematConfig, *, scanned: bool) -> F:
         case "full":
             policy = _policies.nothing_saveable
         case "dots":
-            policy = _policies.dots_with_no_batch_dims_saveable
+            policy = _policies.save_only_these_names("projection")
         case "attention":
             policy = _policies.save_only_these_names("attention_out")
         case "save":

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lmjax import compat as _compat  # noqa: F401  (puts nnx into tree mode before the first module is made)
 from lmjax.nn.execution import LayerExecution
+from lmjax.nn.tags import tag
 from lmjax.ops.projection import project
 from lmjax.sharding import activation_spec
 
@@ -80,4 +81,4 @@ class Projection(nnx.Module):
         x_letters, kernel_letters = inputs.split(",")
         sizes = dict(zip(kernel_letters, kernel.shape, strict=True)) | dict(zip(x_letters, x.shape, strict=True))
         out_spec = activation_spec(self.output_axes, tuple(sizes[letter] for letter in output))
-        return project(self.equation, x, kernel, out_spec, reduce_f32=execution.reduce_in_float32)
+        return tag(project(self.equation, x, kernel, out_spec, reduce_f32=execution.reduce_in_float32), "projection")

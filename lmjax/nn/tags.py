@@ -4,7 +4,7 @@ from typing import Literal
 
 from jax.ad_checkpoint import checkpoint_name
 
-Tag = Literal["block_input", "query", "key", "value", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden"]
+Tag = Literal["block_input", "projection", "query", "key", "value", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden"]
 
 
 def tag(x, name: Tag):

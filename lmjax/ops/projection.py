@@ -21,37 +21,38 @@ def project(
     The gradient of ``w`` is computed and summed over devices in the dtype of x, or with ``reduce_f32`` in float32, at
     twice the bytes.
     """
-    if reduce_f32:
-        return _project_f32(equation, out_spec, x, w)
+    return _project(equation, out_spec, jnp.dtype(jnp.float32) if reduce_f32 else x.dtype, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _project(
+    equation: str, out_spec: PartitionSpec, gradient_dtype: jnp.dtype, x: jax.Array, w: jax.Array
+) -> jax.Array:
     return jnp.einsum(equation, x, _gathered(w, x.dtype), out_sharding=out_spec)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _project_f32(equation: str, out_spec: PartitionSpec, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, _gathered(w, x.dtype), out_sharding=out_spec)
+def _forward(equation, out_spec, gradient_dtype, x, w):
+    return _project(equation, out_spec, gradient_dtype, x, w), (x, w)
 
 
-def _forward(equation, out_spec, x, w):
-    return _project_f32(equation, out_spec, x, w), (x, w)
-
-
-def _backward(equation, out_spec, residuals, dy):
+def _backward(equation, out_spec, gradient_dtype, residuals, dy):
     x, w = residuals
     inputs, y_letters = equation.split("->")
     x_letters, w_letters = inputs.split(",")
     kernel, x_sharding = _gathered(w, x.dtype), jax.typeof(x).sharding
     dx = jnp.einsum(f"{y_letters},{w_letters}->{x_letters}", dy, kernel, out_sharding=x_sharding)
+    # In this order of operands (JAX's own rule has the other), a CPU transposes x for the product and not the wider dy.
     dw = jnp.einsum(
         f"{x_letters},{y_letters}->{w_letters}",
         x,
         dy,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=gradient_dtype,
         out_sharding=jax.typeof(w).sharding,
     )
     return dx, dw.astype(w.dtype)
 
 
-_project_f32.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)
 
 
 def _gathered(w: jax.Array, dtype: jnp.dtype) -> jax.Array:

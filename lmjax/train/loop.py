@@ -36,18 +36,19 @@ def run(job: Job) -> None:
     Every process of the run calls it. Raises PreemptedError after a signal and a durable save, DivergedError for a loss
     that is not finite, InputError for configs, datasets and checkpoints that do not go together.
     """
-    primary = jax.process_index() == 0
-    program = make_program(job)
-    dataset = open_dataset(job)
-    mesh, blueprint = program.mesh, program.blueprint
-    checkpoints = Path(job.run_dir) / "checkpoints"
-    restored = restore(checkpoints, blueprint.state)
-    start, tokens, state = 0, 0.0, None
-    if restored is not None:
-        check_same_data(restored.metadata, dataset, checkpoints / str(restored.step))
-        start, tokens, state = restored.step, restored.metadata["tokens"], restored.state
-    recorder = Recorder(Path(job.run_dir), job.logging, start=start, steps=job.train.steps, primary=primary)
     with contextlib.ExitStack() as cleanup:  # each end is reached, whatever another one raises
+        stop = cleanup.enter_context(StopSignal())  # a signal while this is set up stops the run after its first step
+        primary = jax.process_index() == 0
+        program = make_program(job)
+        dataset = open_dataset(job)
+        mesh, blueprint = program.mesh, program.blueprint
+        checkpoints = Path(job.run_dir) / "checkpoints"
+        restored = restore(checkpoints, blueprint.state)
+        start, tokens, state = 0, 0.0, None
+        if restored is not None:
+            check_same_data(restored.metadata, dataset, checkpoints / str(restored.step))
+            start, tokens, state = restored.step, restored.metadata["tokens"], restored.state
+        recorder = Recorder(Path(job.run_dir), job.logging, start=start, steps=job.train.steps, primary=primary)
         cleanup.callback(recorder.close)
         saver = Saver(str(checkpoints), job.checkpoint)
         cleanup.callback(saver.close)
@@ -87,33 +88,32 @@ def run(job: Job) -> None:
                 recorder.train_row(row, last=row["step"] == job.train.steps)
             return row["tokens"]
 
-        with StopSignal() as stop:
-            if start == 0:
-                held_out.score(0, state, last_saved)
-            clock.restart()
-            for number, batch in enumerate(feed, start + 1):
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step(state, batch)
-                tokens = settle(pending, tokens)  # of the update before, while the devices work on this one
-                digest = dataset.batches.hash(number - 1) if job.train.log_batch_hash and primary else None
-                pending = Pending(number, metrics, digest)
-                last = number == job.train.steps
-                evaluate = last or number % job.evaluate.every_steps == 0
-                stopped = decide(stop.received is not None)
-                if evaluate or stopped or number % job.checkpoint.every_steps == 0:
-                    tokens = settle(pending, tokens)
-                    pending = None
-                    if evaluate:
-                        held_out.score(number, state, last_saved)
-                    if last or stopped or number % job.checkpoint.every_steps == 0:
-                        saver.save(number, state, checkpoint_metadata(job, dataset, tokens))
-                        last_saved = number
-                    clock.restart()
-                if stopped and not last:
-                    saver.wait()
-                    raise PreemptedError(
-                        f"stopped by a signal after step {number}, which is saved; the same command goes on from there"
-                    )
+        if start == 0:
+            held_out.score(0, state, last_saved)
+        clock.restart()
+        for number, batch in enumerate(feed, start + 1):
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state, batch)
+            tokens = settle(pending, tokens)  # of the update before, while the devices work on this one
+            digest = dataset.batches.hash(number - 1) if job.train.log_batch_hash and primary else None
+            pending = Pending(number, metrics, digest)
+            last = number == job.train.steps
+            evaluate = last or number % job.evaluate.every_steps == 0
+            stopped = decide(stop.received is not None)
+            if evaluate or stopped or number % job.checkpoint.every_steps == 0:
+                tokens = settle(pending, tokens)
+                pending = None
+                if evaluate:
+                    held_out.score(number, state, last_saved)
+                if last or stopped or number % job.checkpoint.every_steps == 0:
+                    saver.save(number, state, checkpoint_metadata(job, dataset, tokens))
+                    last_saved = number
+                clock.restart()
+            if stopped and not last:
+                saver.wait()
+                raise PreemptedError(
+                    f"stopped by a signal after step {number}, which is saved; the same command goes on from there"
+                )
         saver.wait()
         waited = feed.seconds_waited / max(clock.total_seconds, 1e-9)
         recorder.message(

@@ -208,3 +208,57 @@ def test_a_dry_run_prints_every_leaf_and_writes_nothing(
     assert any(path.startswith("opt_state") for path in leaves)
     assert printed["bytes_per_device"] == sum(leaf["bytes_per_device"] for leaf in leaves.values())
     assert not (tmp_path / "dry").exists()
+
+
+def test_metrics_of_an_update_are_fetched_after_the_next_was_dispatched(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    happened: list[tuple[str, int]] = []
+    compiled, written = loop.compile_step, Recorder.train_row
+
+    def noted(*arguments):
+        step = compiled(*arguments)
+
+        def dispatch(state, batch):
+            happened.append(("dispatched", 1 + sum(what == "dispatched" for what, _ in happened)))
+            return step(state, batch)
+
+        return dispatch
+
+    def row(self, row, **options):
+        happened.append(("written", row["step"]))
+        written(self, row, **options)
+
+    monkeypatch.setattr(loop, "compile_step", noted)
+    monkeypatch.setattr(Recorder, "train_row", row)
+    sections = {"train": {"steps": 4}, "checkpoint": {"every_steps": 9}, "evaluate": {"every_steps": 9}}
+    assert lmjax("train", experiment("run", **sections)) == 0
+    one_late = [("dispatched", 1), ("dispatched", 2), ("written", 1), ("dispatched", 3), ("written", 2)]
+    assert happened == [*one_late, ("dispatched", 4), ("written", 3), ("written", 4)]
+
+
+def test_a_step_that_moves_data_by_itself_is_an_error(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
+    compiled = loop.compile_step
+
+    def careless(*arguments):
+        step = compiled(*arguments)
+        return lambda state, batch: step(state, jax.tree.map(lambda field: field + np.ones((), field.dtype), batch))
+
+    monkeypatch.setattr(loop, "compile_step", careless)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        lmjax("train", experiment("run"))
+
+
+def test_a_signal_before_the_first_step_stops_the_run_after_it(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiled = loop.compile_step
+
+    def with_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(loop, "compile_step", with_signal)
+    assert lmjax("train", experiment("run")) == 75
+    assert [row[0] for row in train_rows(tmp_path / "run")] == [1]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
