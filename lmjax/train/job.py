@@ -145,6 +145,8 @@ def open_dataset(job: Job) -> Dataset:
                 plans[split] = _plan(job, index, split)
         except InputError as error:
             failure = str(error)
+        except OSError as error:  # said to the other processes too, which would wait for this one
+            failure = f"{error.filename}: {error.strerror}; make room, or choose a data.path that can be written to"
     if failure := share(failure):
         raise InputError(failure)
     for split in splits:

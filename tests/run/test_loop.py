@@ -10,10 +10,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from lmjax.errors import InputError
 from lmjax.train import loop
+from lmjax.train.metrics import Recorder
 from lmjax.train.step import StepMetrics
 from tests.command import lmjax
 
