@@ -24,15 +24,7 @@ def _run(shape: tuple[int, int, int], seed: int):
     return state, np.array([told.loss for told in metrics]), np.array([told.grad_norm for told in metrics])
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (2, 2, 2),
-        pytest.param((8, 1, 1), marks=pytest.mark.slow),
-        pytest.param((1, 8, 1), marks=pytest.mark.slow),
-        pytest.param((1, 1, 8), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("shape", tiny.MESHES)
 def test_every_mesh_trains_to_the_losses_of_one_device(shape, one_device, seed):
     state, losses, norms = _run(shape, seed)
     np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)

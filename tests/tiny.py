@@ -19,6 +19,12 @@ from lmjax.sharding import batch_sharding
 from lmjax.train.state import Blueprint, TrainState, make_blueprint
 from lmjax.train.step import DeviceBatch, StepMetrics, make_step
 
+MESHES = [
+    (2, 2, 2),
+    *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((8, 1, 1), (1, 8, 1), (1, 1, 8))),
+]
+"""Sizes of data, fsdp and tensor on eight devices: all three at once in the quick tier, each alone in the slow one."""
+
 CONFIG = DecoderConfig(
     vocab_size=90, max_length=16, embed_dim=32, num_layers=2, num_heads=8, head_dim=4, mlp_dim=48, rope_theta=100.0
 )

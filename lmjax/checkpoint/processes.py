@@ -5,13 +5,16 @@ process calls it, from its main thread, in the same order. With one process they
 round trips to process 0 (under a millisecond on one machine).
 """
 
+import contextlib
 import itertools
 import json
 import typing
+from collections.abc import Iterator
 
 import jax
 
 from lmjax.compat import coordination_client
+from lmjax.errors import InputError
 
 TIMEOUT_MS = 30 * 60 * 1000  # verifying a large checkpoint takes minutes, and the others wait for it here
 
@@ -26,6 +29,24 @@ def decide(flag: bool) -> bool:
 def share(value: typing.Any) -> typing.Any:
     """What process 0 gave, on every process. JSON values only; other processes may give anything."""
     return gather(value if jax.process_index() == 0 else None)[0]
+
+
+@contextlib.contextmanager
+def refused_by_all(advice: str) -> Iterator[None]:
+    """Run the block, which process 0 alone may do something in, and raise its InputError on every process.
+
+    Without this the others would wait for a process that has given up. An error of the operating system becomes an
+    InputError that ends with ``advice``.
+    """
+    failure = None
+    try:
+        yield
+    except InputError as error:
+        failure = str(error)
+    except OSError as error:
+        failure = f"{error.filename or 'the disk'}: {error.strerror}; {advice}"
+    if failure := share(failure):
+        raise InputError(failure)
 
 
 def gather(value: typing.Any) -> list[typing.Any]:

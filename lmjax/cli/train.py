@@ -22,7 +22,7 @@ def train(
 
     Example: lmjax train configs/quickstart.yaml train.steps=100
     """
-    from lmjax.checkpoint.processes import share
+    from lmjax.checkpoint.processes import refused_by_all
     from lmjax.cli.run_directory import opened_run, to_job
     from lmjax.config import load
     from lmjax.errors import InputError
@@ -41,17 +41,10 @@ def train(
         print_state(make_program(job).blueprint, as_json)
         return
     with contextlib.ExitStack() as stack:
-        failure = None
-        if jax.process_index() == 0:
-            try:
+        with refused_by_all("choose a run_dir that can be written to"):
+            if jax.process_index() == 0:
                 make_program(job)  # a mesh or a batch that cannot be is refused before anything is written
                 stack.enter_context(opened_run(loaded))
-            except InputError as error:
-                failure = str(error)
-            except OSError as error:  # said to the other processes too, which would wait for this one
-                failure = f"{error.filename}: {error.strerror}; choose a run_dir that can be written to"
-        if failure := share(failure):
-            raise InputError(failure)
         run(job)
         if jax.process_index() == 0:
             from lmjax.train.report import write_report  # Matplotlib is not worth waiting for before the first step

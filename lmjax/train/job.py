@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lmjax.checkpoint.processes import share
+from lmjax.checkpoint.processes import refused_by_all
 from lmjax.checkpoint.save import CheckpointConfig
 from lmjax.data.batches import Batches, EvaluationBatches
 from lmjax.data.config import DataConfig
@@ -137,18 +137,10 @@ def open_dataset(job: Job) -> Dataset:
         )
     splits = sorted({shard.split for shard in index.shards})
     plans = {}
-    failure = None
-    if jax.process_index() == 0:
-        try:
-            for split in splits:
-                verify_shards(directory, index, split)
-                plans[split] = _plan(job, index, split)
-        except InputError as error:
-            failure = str(error)
-        except OSError as error:  # said to the other processes too, which would wait for this one
-            failure = f"{error.filename}: {error.strerror}; make room, or choose a data.path that can be written to"
-    if failure := share(failure):
-        raise InputError(failure)
+    with refused_by_all("make room, or choose a data.path that can be written to"):
+        for split in splits if jax.process_index() == 0 else ():
+            verify_shards(directory, index, split)
+            plans[split] = _plan(job, index, split)
     for split in splits:
         if split not in plans:
             plans[split] = _plan(job, index, split)

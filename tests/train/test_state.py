@@ -16,15 +16,7 @@ def on_one_device():
     return init_state(tiny.blueprint_of(SMALL, tiny.mesh_of(1, 1, 1)), 3)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (2, 2, 2),
-        pytest.param((8, 1, 1), marks=pytest.mark.slow),
-        pytest.param((1, 8, 1), marks=pytest.mark.slow),
-        pytest.param((1, 1, 8), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("shape", tiny.MESHES)
 def test_init_has_the_same_bits_on_every_mesh(shape, on_one_device):
     blueprint = tiny.blueprint_of(SMALL, tiny.mesh_of(*shape))
     state = init_state(blueprint, 3)
