@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from lmjax.models.decoder import DecoderConfig, GroupCache
-from lmjax.nn.attention import LayerCache
+from lmjax.nn.cache import LayerCache
 from lmjax.sharding import activation_spec
 
 

@@ -20,7 +20,7 @@ from lmjax.generate.model import Model, place, place_rows
 from lmjax.generate.sampling import row_keys, sample
 from lmjax.mesh import BATCH_AXES, batch_shards
 from lmjax.models.decoder import Decoder, Execution, GroupCache
-from lmjax.nn.attention import CacheWrite
+from lmjax.nn.cache import CacheWrite
 from lmjax.sharding import replicated
 
 PREFILL_PART = 512

@@ -11,7 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lmjax.models.remat import RematConfig, checkpointed
-from lmjax.nn.attention import Attention, CacheWrite, LayerCache
+from lmjax.nn.attention import Attention
+from lmjax.nn.cache import CacheWrite, LayerCache
 from lmjax.nn.embed import VocabularyTable
 from lmjax.nn.execution import LayerExecution
 from lmjax.nn.mlp import GatedMLP

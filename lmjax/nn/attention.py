@@ -3,12 +3,11 @@
 Legend: B batch, T query positions, S slots of the cache, D embed, N query heads, K kv heads, H head_dim.
 """
 
-from typing import NamedTuple
-
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from lmjax.nn.cache import CacheWrite, LayerCache, written
 from lmjax.nn.execution import LayerExecution
 from lmjax.nn.param import Projection
 from lmjax.nn.position import rotate
@@ -16,21 +15,6 @@ from lmjax.nn.tags import tag
 from lmjax.ops.attention import attention
 from lmjax.ops.attention_cached import cached_attention
 from lmjax.ops.attention_mask import Mask
-
-
-class LayerCache(NamedTuple):
-    """Keys (rotated) and values of the tokens so far, one slot each."""
-
-    keys_BSKH: Float[Array, "batch slots kv_heads head_dim"]
-    values_BSKH: Float[Array, "batch slots kv_heads head_dim"]
-
-
-class CacheWrite(NamedTuple):
-    """Where a forward pass puts its tokens: the slots from ``start`` on, the same for every row."""
-
-    start: Int[Array, ""]
-    key_positions_BS: Int[Array, "batch slots"]
-    """The position that each slot holds once these tokens are written; -1 where it holds none."""
 
 
 class Attention(nnx.Module):
@@ -95,11 +79,6 @@ class Attention(nnx.Module):
         else:
             assert write is not None
             assert segment_ids_BT is None
-            cache = LayerCache(
-                jax.lax.dynamic_update_slice_in_dim(cache.keys_BSKH, k_BTKH, write.start, 1),
-                jax.lax.dynamic_update_slice_in_dim(cache.values_BSKH, v_BTKH, write.start, 1),
-            )
-            out_BTNH = cached_attention(
-                q_BTNH, *cache, positions_BT, write.key_positions_BS, window=self.window, scale=scale
-            )
+            cache, key_positions_BS = written(cache, k_BTKH, v_BTKH, write)
+            out_BTNH = cached_attention(q_BTNH, *cache, positions_BT, key_positions_BS, window=self.window, scale=scale)
         return self.out(out_BTNH, execution), cache

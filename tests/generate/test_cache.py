@@ -7,7 +7,7 @@ import pytest
 
 from lmjax.generate import decode
 from lmjax.generate.cache import empty_cache
-from lmjax.nn.attention import CacheWrite
+from lmjax.nn.cache import CacheWrite
 from tests import tiny
 from tests.generate.case import CONFIG, Uncached, parameters
 
