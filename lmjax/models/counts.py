@@ -4,10 +4,14 @@ from lmjax.models.decoder import DecoderConfig
 
 
 def parameter_count(config: DecoderConfig) -> int:
-    """Parameters as published: the vocabulary's rows without padding, a tied table once."""
-    tables = 1 if config.tie_embeddings else 2
-    norms = config.embed_dim * (2 * config.num_layers + 1)
-    return tables * config.vocab_size * config.embed_dim + norms + config.num_layers * _block_matrices(config)
+    """Parameters as published: tables without padding rows, a tied table once."""
+    D, norm = config.embed_dim, config.embed_dim * (2 if config.norm_bias else 1)
+    tables = (1 if config.tie_embeddings else 2) * config.vocab_size * D
+    tables += config.max_length * D if config.position == "learned" else 0
+    tables += config.vocab_size if config.head_bias else 0
+    norms_outside = 2 if config.embed_norm else 1
+    block = _block_matrices(config) + _block_biases(config) + _norms_of_block(config) * norm + _head_scales(config)
+    return tables + norms_outside * norm + config.num_layers * block
 
 
 def training_flops(config: DecoderConfig, batch_size: int, length: int) -> int:
@@ -37,4 +41,23 @@ def _visible_keys(length: int, window: int | None) -> int:
 
 def _block_matrices(config: DecoderConfig) -> int:
     attention = config.embed_dim * config.head_width * (2 * config.num_heads + 2 * config.kv_heads)
-    return attention + 3 * config.embed_dim * config.mlp_dim
+    return attention + (3 if config.mlp_gated else 2) * config.embed_dim * config.mlp_dim
+
+
+def _block_biases(config: DecoderConfig) -> int:
+    biases = config.head_width * (config.num_heads + 2 * config.kv_heads) if config.qkv_bias else 0
+    biases += config.embed_dim if config.attention_out_bias else 0
+    hidden = config.mlp_dim * (2 if config.mlp_gated else 1)
+    return biases + (hidden + config.embed_dim if config.mlp_bias else 0)
+
+
+def _norms_of_block(config: DecoderConfig) -> int:
+    if config.residual == "parallel_shared_norm":
+        return 1
+    return 4 if config.norm_placement == "sandwich" else 2
+
+
+def _head_scales(config: DecoderConfig) -> int:
+    """Norms of queries and keys, and sinks."""
+    scales = {None: 0, "head": 2, "full": config.num_heads + config.kv_heads}[config.qk_norm] * config.head_width
+    return scales + (config.num_heads if config.attention_sinks else 0)

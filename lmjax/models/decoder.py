@@ -4,110 +4,27 @@ Legend: B batch, T positions, D embed, V vocab.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from lmjax.models.config import BlockKind, DecoderConfig
 from lmjax.models.remat import RematConfig, checkpointed
-from lmjax.nn.attention import Attention
+from lmjax.nn.attention import Attention, Rows
 from lmjax.nn.cache import CacheWrite, LayerCache
-from lmjax.nn.embed import VocabularyTable
+from lmjax.nn.dropout import Dropout
+from lmjax.nn.embed import Table, table_rows
 from lmjax.nn.execution import LayerExecution
-from lmjax.nn.mlp import GatedMLP
-from lmjax.nn.norm import RMSNorm
-from lmjax.nn.param import InitScheme, residual_std
+from lmjax.nn.mlp import MLP
+from lmjax.nn.norm import Norm
+from lmjax.nn.param import constant, residual_std
+from lmjax.nn.position import Rotation, sinusoids
 from lmjax.nn.tags import tag
-from lmjax.schema import config_class
+from lmjax.ops.logits import logits
 from lmjax.sharding import activation_spec
-
-BlockKind = Literal["full", "sliding"]
-
-
-class Segment(NamedTuple):
-    """A pattern of blocks that is repeated; its parameters are stacked along a first dimension of ``repeats``."""
-
-    pattern: tuple[BlockKind, ...]
-    repeats: int
-
-
-@config_class
-class DecoderConfig:
-    """A pre-norm decoder with RMSNorm, rotary positions and a SwiGLU MLP."""
-
-    vocab_size: int
-    """Tokens that the model knows; at least as many as the tokenizer has."""
-    max_length: int
-    """Positions that the model is made for; the longest row it is trained or run on."""
-    embed_dim: int
-    """Width of the residual stream."""
-    num_layers: int
-    """Blocks."""
-    num_heads: int
-    """Query heads of each attention."""
-    num_kv_heads: int | None = None
-    """Key and value heads, each shared by num_heads / num_kv_heads query heads; num_heads of them by default."""
-    head_dim: int | None = None
-    """Width of a head; embed_dim / num_heads by default."""
-    mlp_dim: int
-    """Width of the MLP's hidden layer."""
-    layer_pattern: tuple[BlockKind, ...] = ("full",)
-    """Attention of successive blocks, repeated over the depth: full, or sliding with sliding_window."""
-    sliding_window: int | None = None
-    """Positions that a sliding block sees, its own included."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
-    norm_epsilon: float = 1e-5
-    """Added to the mean square in RMSNorm."""
-    tie_embeddings: bool = False
-    """Whether the output logits are products with the embedding table itself."""
-    init: InitScheme = "gpt2"
-    """How the matrices are drawn; see ``lmjax.nn.param``."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-                raise ValueError(f"{field.name} is {value}; it has to be above 0")
-        if self.head_dim is None and self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"embed_dim {self.embed_dim} does not divide into num_heads {self.num_heads}: "
-                f"{self.embed_dim} mod {self.num_heads} = {self.embed_dim % self.num_heads}. Set head_dim, or change "
-                "one of them"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}: each key and value "
-                "head serves the same number of query heads"
-            )
-        if self.head_width % 2:
-            raise ValueError(f"head_dim is {self.head_width}; rotary positions turn pairs, so it has to be even")
-        if not self.layer_pattern:
-            raise ValueError("layer_pattern is empty; name at least one kind of block")
-        if ("sliding" in self.layer_pattern) != (self.sliding_window is not None):
-            raise ValueError(
-                f"sliding_window is {self.sliding_window} and layer_pattern is {list(self.layer_pattern)}: "
-                "a pattern with sliding blocks needs a window, and a window needs such a block"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The whole repeats of the pattern, and what is left of it."""
-        repeats, rest = divmod(self.num_layers, len(self.layer_pattern))
-        whole = (Segment(self.layer_pattern, repeats),) if repeats else ()
-        return whole + ((Segment(self.layer_pattern[:rest], 1),) if rest else ())
-
-    def window(self, kind: BlockKind) -> int | None:
-        return self.sliding_window if kind == "sliding" else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,43 +37,71 @@ class Execution(LayerExecution):
     """Whether one block is compiled and scanned over the stacked parameters, or every block on its own."""
 
 
+class Forward(NamedTuple):
+    """What all blocks of one forward pass share."""
+
+    rows: Rows
+    rotations: dict[BlockKind, Rotation | None]
+    """Made once: the same in every block of a kind."""
+    execution: Execution
+    dropout: Dropout | None
+    write: CacheWrite | None
+
+
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); transformers' LlamaDecoderLayer."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); norms and order as the config says."""
 
     def __init__(self, config: DecoderConfig, kind: BlockKind, *, key: PRNGKeyArray):
         attention_key, mlp_key = jax.random.split(key)
         output_std = residual_std(config.init, config.num_layers)
-        self.attention_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
-        self.attention = Attention(
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        shared = config.residual == "parallel_shared_norm"
+        self.kind: BlockKind = kind
+        self.is_parallel = config.residual != "sequential"
+        self.multiplier = config.residual_multiplier
+        self.attention_norm = make_norm(config) if before else None
+        self.attention = Attention(config.attention(kind), output_std=output_std, key=attention_key)
+        self.attention_post_norm = make_norm(config) if after else None
+        self.mlp_norm = make_norm(config) if before and not shared else None
+        self.mlp = MLP(
             config.embed_dim,
-            config.num_heads,
-            config.kv_heads,
-            config.head_width,
-            window=config.window(kind),
-            rope_theta=config.rope_theta,
+            config.mlp_dim,
+            activation=config.activation,
+            gated=config.mlp_gated,
+            bias=config.mlp_bias,
             output_std=output_std,
-            key=attention_key,
+            key=mlp_key,
         )
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
-        self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, output_std=output_std, key=mlp_key)
+        self.mlp_post_norm = make_norm(config) if after else None
 
     def __call__(
-        self,
-        x_BTD: Float[Array, "batch seq embed"],
-        positions_BT: Int[Array, "batch seq"],
-        segment_ids_BT: Int[Array, "batch seq"] | None,
-        execution: Execution,
-        cache: LayerCache | None,
-        write: CacheWrite | None,
+        self, x_BTD: Float[Array, "batch seq embed"], forward: Forward, layer: jax.Array, cache: LayerCache | None
     ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
+        """``layer`` is the number of this block, from 0."""
         x_BTD = tag(x_BTD, "block_input")
         with jax.named_scope("attention"):
-            y_BTD = whole_sequences(self.attention_norm(x_BTD))
-            y_BTD, cache = self.attention(y_BTD, positions_BT, segment_ids_BT, execution, cache, write)
-        x_BTD = x_BTD + y_BTD
+            normed_BTD = whole_sequences(x_BTD if self.attention_norm is None else self.attention_norm(x_BTD))
+            rotation = forward.rotations[self.kind]
+            y_BTD, cache = self.attention(normed_BTD, forward.rows, rotation, forward.execution, cache, forward.write)
+        mlp_input_BTD = x_BTD
+        x_BTD = x_BTD + self._branch(y_BTD, self.attention_post_norm, forward.dropout, 2 * layer + 1)
         with jax.named_scope("mlp"):
-            x_BTD = x_BTD + self.mlp(whole_sequences(self.mlp_norm(x_BTD)), execution)
-        return x_BTD, cache
+            if not self.is_parallel:
+                mlp_input_BTD = x_BTD
+            if self.mlp_norm is not None:
+                normed_BTD = whole_sequences(self.mlp_norm(mlp_input_BTD))
+            elif not self.is_parallel:  # else the norm is shared with attention
+                normed_BTD = whole_sequences(mlp_input_BTD)
+            y_BTD = self.mlp(normed_BTD, forward.execution)
+        return x_BTD + self._branch(y_BTD, self.mlp_post_norm, forward.dropout, 2 * layer + 2), cache
+
+    def _branch(self, y_BTD, post_norm: Norm | None, dropout: Dropout | None, place: jax.Array):
+        """What is added to the residual stream of a branch's result."""
+        if post_norm is not None:
+            y_BTD = post_norm(y_BTD)
+        if dropout is not None:
+            y_BTD = dropout(y_BTD, place)
+        return y_BTD if self.multiplier == 1 else y_BTD * jnp.asarray(self.multiplier, y_BTD.dtype)
 
 
 class Group(nnx.Module):
@@ -177,7 +122,11 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, key: PRNGKeyArray):
         embed_key, head_key, *segment_keys = jax.random.split(key, 2 + len(config.segments))
         self.config = config
-        self.embed = VocabularyTable(config.vocab_size, config.embed_dim, key=embed_key)
+        self.embed = Table(config.vocab_size, config.embed_dim, key=embed_key)
+        position_key = jax.random.fold_in(embed_key, 1)
+        is_learned = config.position == "learned"
+        self.position = Table(config.max_length, config.embed_dim, key=position_key) if is_learned else None
+        self.embed_norm = make_norm(config) if config.embed_norm else None
         self.segments = nnx.List(
             [
                 jax.vmap(lambda key, pattern=segment.pattern: Group(config, pattern, key=key))(
@@ -186,15 +135,28 @@ class Decoder(nnx.Module):
                 for segment, segment_key in zip(config.segments, segment_keys, strict=True)
             ]
         )
-        self.final_norm = RMSNorm(config.embed_dim, config.norm_epsilon)
-        self.head = (
-            None if config.tie_embeddings else VocabularyTable(config.vocab_size, config.embed_dim, key=head_key)
-        )
+        self.final_norm = make_norm(config)
+        self.head = None if config.tie_embeddings else Table(config.vocab_size, config.embed_dim, key=head_key)
+        self.head_bias = constant(0.0, (table_rows(config.vocab_size),), ("vocab",)) if config.head_bias else None
 
     @property
     def head_table(self) -> Float[Array, "vocab embed"]:
         """The float32 rows that the logits are products with; those beyond the vocabulary are padding."""
         return (self.embed if self.head is None else self.head).table[...]
+
+    @property
+    def head_arguments(self) -> dict[str, Any]:
+        """What the loss (``lmjax.ops.cross_entropy``) has to know of the logits besides the table."""
+        return {
+            "vocab_size": self.config.vocab_size,
+            "bias_V": None if self.head_bias is None else self.head_bias[...],
+            "softcap": self.config.logit_softcap,
+        }
+
+    def logits(self, hidden: Float[Array, "*rows embed"], out_spec: Any = None) -> Float[Array, "*rows vocab"]:
+        """The float32 logits of hidden states; those beyond the vocabulary mean nothing."""
+        bias_V = self.head_arguments["bias_V"]
+        return logits(hidden, self.head_table, bias_V, self.config.logit_softcap, out_spec)
 
     def hidden(
         self,
@@ -202,10 +164,20 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "batch seq"],
         segment_ids_BT: Int[Array, "batch seq"] | None,
         execution: Execution,
+        *,
+        prefix_BT: Bool[Array, "batch seq"] | None = None,
+        dropout_keys_B: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch seq embed"]:
-        """What the logits are made of: the normed residual stream, in the compute dtype, sharded as between blocks."""
-        x_BTD, _ = self._run(tokens_BT, positions_BT, segment_ids_BT, execution, None, None)
-        return x_BTD
+        """What the logits are made of: the normed residual stream, in the compute dtype, sharded as between blocks.
+
+        Tokens where ``prefix`` is true are seen by all of their segment (prefix-LM). With ``dropout_keys`` (one a row)
+        the config's dropout is applied, as in training; without them it is not.
+        """
+        dropout = None
+        if self.config.dropout and dropout_keys_B is not None:
+            dropout = Dropout(self.config.dropout, dropout_keys_B)
+        rows = Rows(positions_BT, segment_ids_BT, prefix_BT)
+        return self._run(tokens_BT, self._forward(rows, execution, dropout, None), None)[0]
 
     def hidden_with_cache(
         self,
@@ -216,32 +188,72 @@ class Decoder(nnx.Module):
         write: CacheWrite,
     ) -> tuple[Float[Array, "batch seq embed"], list[GroupCache]]:
         """The same for tokens that follow those in ``cache``; also the cache with these tokens written into it."""
-        x_BTD, cache = self._run(tokens_BT, positions_BT, None, execution, cache, write)
-        return x_BTD, cache
+        return self._run(tokens_BT, self._forward(Rows(positions_BT, None, None), execution, None, write), cache)
 
-    def _run(self, tokens_BT, positions_BT, segment_ids_BT, execution, caches, write) -> tuple[Any, Any]:
-        def apply(x_BTD, block, cache):
-            return block(x_BTD, positions_BT, segment_ids_BT, execution, cache, write)
+    def _forward(self, rows: Rows, execution, dropout, write) -> Forward:
+        rotations: dict[BlockKind, Rotation | None] = {}
+        for kind in self.config.layer_pattern:
+            rope = self.config.rope(kind)
+            rotations[kind] = None if rope is None else rope.rotation(rows.positions_BT)
+        return Forward(rows, rotations, execution, dropout, write)
 
-        def body(x_BTD, layer):
-            group, group_cache = layer
+    def _embedded(self, tokens_BT, forward: Forward) -> Float[Array, "batch seq embed"]:
+        config = self.config
+        x_BTD = self.embed(tokens_BT, forward.execution)
+        if config.embed_multiplier != 1:
+            x_BTD = x_BTD * jnp.asarray(config.embed_multiplier, x_BTD.dtype)
+        positions_BT = jnp.maximum(forward.rows.positions_BT, 0)  # -1 is padding, in generation
+        if self.position is not None:
+            x_BTD = x_BTD + self.position(positions_BT, forward.execution)
+        elif config.position == "sinusoidal":
+            added_BTD = jax.sharding.reshard(sinusoids(positions_BT, config.embed_dim), jax.typeof(x_BTD).sharding.spec)
+            x_BTD = x_BTD + added_BTD.astype(x_BTD.dtype)
+        if self.embed_norm is not None:
+            x_BTD = self.embed_norm(x_BTD)
+        return x_BTD if forward.dropout is None else forward.dropout(x_BTD, jnp.asarray(0))
+
+    def _run(self, tokens_BT, forward: Forward, caches) -> tuple[Any, Any]:
+        execution = forward.execution
+
+        def apply(x_BTD, block, layer, cache):
+            return block(x_BTD, forward, layer, cache)
+
+        def body(x_BTD, layers):
+            group, first, group_cache = layers
             new_cache = []
             for i, block in enumerate(group.blocks):
                 cache = None if group_cache is None else group_cache[i]
-                x_BTD, cache = checkpointed(apply, execution.remat, scanned=execution.scan_layers)(x_BTD, block, cache)
+                run = checkpointed(apply, execution.remat, scanned=execution.scan_layers)
+                x_BTD, cache = run(x_BTD, block, first + i, cache)
                 new_cache.append(cache)
             return x_BTD, None if group_cache is None else tuple(new_cache)
 
-        x_BTD = self.embed(tokens_BT, execution)
-        new_caches = []
-        for index, segment in enumerate(self.segments):
-            layers = (segment, None if caches is None else caches[index])
+        x_BTD = self._embedded(tokens_BT, forward)
+        new_caches, num_before = [], 0
+        for index, (segment, shape) in enumerate(zip(self.segments, self.config.segments, strict=True)):
+            firsts = num_before + len(shape.pattern) * jnp.arange(shape.repeats)
+            layers = (segment, firsts, None if caches is None else caches[index])
             if execution.scan_layers:
                 x_BTD, cache = jax.lax.scan(body, x_BTD, layers)
             else:
                 x_BTD, cache = _unrolled(body, x_BTD, layers)
             new_caches.append(cache)
-        return self.final_norm(x_BTD), None if caches is None else new_caches
+            num_before += len(shape.pattern) * shape.repeats
+        x_BTD = self.final_norm(x_BTD)
+        if self.config.logit_multiplier != 1:
+            x_BTD = x_BTD * jnp.asarray(self.config.logit_multiplier, x_BTD.dtype)
+        return x_BTD, None if caches is None else new_caches
+
+
+def make_norm(config: DecoderConfig) -> Norm:
+    """A norm of the residual stream, or of what is added to it."""
+    return Norm(
+        config.norm,
+        (config.embed_dim,),
+        config.norm_epsilon,
+        unit_offset=config.norm_unit_offset,
+        bias=config.norm_bias,
+    )
 
 
 def whole_sequences(x_BTD: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:

@@ -1,51 +1,104 @@
-"""Self-attention with grouped K/V heads, rotary positions and an optional sliding window.
+"""Self-attention with every switch of the families.
 
 Legend: B batch, T query positions, S slots of the cache, D embed, N query heads, K kv heads, H head_dim.
 """
 
+import dataclasses
+from typing import Literal, NamedTuple
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lmjax.nn.cache import CacheWrite, LayerCache, written
 from lmjax.nn.execution import LayerExecution
-from lmjax.nn.param import Projection
-from lmjax.nn.position import rotate
+from lmjax.nn.norm import Norm, NormKind
+from lmjax.nn.param import Projection, constant
+from lmjax.nn.position import Rope, Rotation, SlopeRule, alibi_slopes
 from lmjax.nn.tags import tag
 from lmjax.ops.attention import attention
 from lmjax.ops.attention_cached import cached_attention
 from lmjax.ops.attention_mask import Mask
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """What one attention is."""
+
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+    rope: Rope | None
+    slopes: SlopeRule | None
+    """ALiBi, by the rule named."""
+    slope_scale: float
+    qk_norm: Literal["head", "full"] | None
+    norm: NormKind
+    norm_epsilon: float
+    norm_unit_offset: bool
+    query_scale: float
+    softcap: float | None
+    sinks: bool
+    qkv_clip: float | None
+    qkv_bias: bool
+    out_bias: bool
+
+
+class Rows(NamedTuple):
+    """What a forward pass knows of its rows besides their activations."""
+
+    positions_BT: Int[Array, "batch seq"]
+    segment_ids_BT: Int[Array, "batch seq"] | None
+    """None in generation, where positions tell what belongs together."""
+    prefix_BT: Bool[Array, "batch seq"] | None
+    """Tokens that all of their segment sees (prefix-LM); None: a token is seen by itself and later ones alone."""
+
+
 class Attention(nnx.Module):
     """Multi-head, grouped-query (arXiv 2305.13245) or multi-query attention (arXiv 1911.02150)."""
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        window: int | None,
-        rope_theta: float,
-        output_std: float,
-        key: PRNGKeyArray,
-    ):
-        self.head_dim = head_dim
-        self.window = window
-        self.rope_theta = rope_theta
+    def __init__(self, options: AttentionOptions, *, output_std: float, key: PRNGKeyArray):
+        self.options = options
+        D, N, K, H = options.embed_dim, options.num_heads, options.num_kv_heads, options.head_dim
         q_key, k_key, v_key, out_key = jax.random.split(key, 4)
-        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
-        q_out, kv_out = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", "kv_heads", "head_dim")
-        self.query = Projection("btd,dnh->btnh", (embed_dim, num_heads, head_dim), q_axes, q_out, key=q_key)
-        self.key = Projection("btd,dkh->btkh", (embed_dim, num_kv_heads, head_dim), kv_axes, kv_out, key=k_key)
-        self.value = Projection("btd,dkh->btkh", (embed_dim, num_kv_heads, head_dim), kv_axes, kv_out, key=v_key)
+
+        def project(heads: int, axis: str, letter: str, key: PRNGKeyArray) -> Projection:
+            return Projection(
+                f"btd,d{letter}h->bt{letter}h",
+                (D, heads, H),
+                ("embed", axis, "head_dim"),
+                ("batch", "seq", axis, "head_dim"),
+                bias_axes=(axis, "head_dim") if options.qkv_bias else None,
+                key=key,
+            )
+
+        def norm(heads: int, axis: str) -> Norm | None:
+            if options.qk_norm is None:
+                return None
+            whole = options.qk_norm == "full"
+            return Norm(
+                options.norm,
+                (heads, H) if whole else (H,),
+                options.norm_epsilon,
+                unit_offset=options.norm_unit_offset,
+                axes=(axis, "head_dim") if whole else ("norm",),
+            )
+
+        self.query = project(N, "heads", "n", q_key)
+        self.key = project(K, "kv_heads", "k", k_key)
+        self.value = project(K, "kv_heads", "k", v_key)
+        self.query_norm = norm(N, "heads")
+        self.key_norm = norm(K, "kv_heads")
+        self.sinks = constant(0.0, (N,), ("heads",)) if options.sinks else None
         self.out = Projection(
             "btnh,nhd->btd",
-            (num_heads, head_dim, embed_dim),
+            (N, H, D),
             ("heads", "head_dim", "embed"),
             ("batch", "seq_residual", "embed"),
+            bias_axes=("norm",) if options.out_bias else None,
             std=output_std,
             key=out_key,
         )
@@ -53,32 +106,56 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "batch seq embed"],
-        positions_BT: Int[Array, "batch seq"],
-        segment_ids_BT: Int[Array, "batch seq"] | None,
+        rows: Rows,
+        rotation: Rotation | None,
         execution: LayerExecution,
         cache: LayerCache | None = None,
         write: CacheWrite | None = None,
     ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
-        """The output, and the cache with these tokens in it. With a cache, ``segment_ids`` is None: positions tell."""
-        q_BTNH = tag(rotate(self.query(x_BTD, execution), positions_BT, self.rope_theta), "query")
-        k_BTKH = tag(rotate(self.key(x_BTD, execution), positions_BT, self.rope_theta), "key")
-        v_BTKH = tag(self.value(x_BTD, execution), "value")
-        scale = self.head_dim**-0.5
+        """The output, and the cache with these tokens in it."""
+        options = self.options
+        q_BTNH, k_BTKH, v_BTKH = (project(x_BTD, execution) for project in (self.query, self.key, self.value))
+        if options.qkv_clip is not None:
+            limit = options.qkv_clip
+            q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, -limit, limit) for x in (q_BTNH, k_BTKH, v_BTKH))
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if options.rope is not None:
+            assert rotation is not None
+            q_BTNH, k_BTKH = options.rope.rotate(q_BTNH, rotation), options.rope.rotate(k_BTKH, rotation)
+        q_BTNH, k_BTKH, v_BTKH = tag(q_BTNH, "query"), tag(k_BTKH, "key"), tag(v_BTKH, "value")
+        slopes_N = None
+        if options.slopes is not None:
+            slopes_N = jnp.asarray(alibi_slopes(options.num_heads, options.slopes) * options.slope_scale)
+        sinks_N = None if self.sinks is None else self.sinks[...]
         if cache is None:
             out_BTNH = attention(
                 q_BTNH,
                 k_BTKH,
                 v_BTKH,
-                mask=Mask(causal=True, window=self.window),
-                segment_ids=segment_ids_BT,
-                scale=scale,
+                mask=Mask(causal=True, window=options.window),
+                segment_ids=rows.segment_ids_BT,
+                prefix=rows.prefix_BT,
+                slopes=slopes_N,
+                sinks=sinks_N,
+                scale=options.query_scale,
+                softcap=options.softcap,
                 kernel=execution.attention_kernel,
                 platform=execution.platform,
                 save_as="attention_out",
             )
         else:
             assert write is not None
-            assert segment_ids_BT is None
             cache, key_positions_BS = written(cache, k_BTKH, v_BTKH, write)
-            out_BTNH = cached_attention(q_BTNH, *cache, positions_BT, key_positions_BS, window=self.window, scale=scale)
+            out_BTNH = cached_attention(
+                q_BTNH,
+                *cache,
+                rows.positions_BT,
+                key_positions_BS,
+                slopes_N,
+                sinks_N,
+                window=options.window,
+                scale=options.query_scale,
+                softcap=options.softcap,
+            )
         return self.out(out_BTNH, execution), cache

@@ -53,13 +53,18 @@ def _normal_quantiles() -> np.ndarray:
     return np.array([inverse((i + 0.5) / count) for i in range(count)], np.float32)
 
 
-def scale(dim: int) -> nnx.Param:
-    """The multiplier of a norm, one at first, held whole by every device."""
-    return nnx.Param(jnp.ones((dim,), jnp.float32), axes=("norm",))
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A scale, a bias, or another parameter that is ``value`` everywhere at first."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
 class Projection(nnx.Module):
-    """A matrix product over named dimensions, such as ``btd,dnh->btnh``."""
+    """A matrix product over named dimensions, such as ``btd,dnh->btnh``, and a bias where ``bias_axes`` names its axes.
+
+    The bias has the last dimensions of the result; one that is added to the residual stream has the axis ``norm``,
+    since every device needs all of it.
+    """
 
     def __init__(
         self,
@@ -68,12 +73,16 @@ class Projection(nnx.Module):
         axes: tuple[str, ...],
         output_axes: tuple[str, ...],
         *,
+        bias_axes: tuple[str, ...] | None = None,
         std: float = STD,
         key: PRNGKeyArray,
     ):
         self.equation = equation
         self.output_axes = output_axes
         self.kernel = matrix(key, shape, axes, std)
+        self.bias = (
+            None if bias_axes is None else constant(0.0, _bias_shape(equation, shape, len(bias_axes)), bias_axes)
+        )
 
     def __call__(self, x: Float[Array, "..."], execution: LayerExecution) -> Float[Array, "..."]:
         kernel = self.kernel[...]
@@ -81,4 +90,11 @@ class Projection(nnx.Module):
         x_letters, kernel_letters = inputs.split(",")
         sizes = dict(zip(kernel_letters, kernel.shape, strict=True)) | dict(zip(x_letters, x.shape, strict=True))
         out_spec = activation_spec(self.output_axes, tuple(sizes[letter] for letter in output))
-        return tag(project(self.equation, x, kernel, out_spec, reduce_f32=execution.reduce_in_float32), "projection")
+        y = tag(project(self.equation, x, kernel, out_spec, reduce_f32=execution.reduce_in_float32), "projection")
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def _bias_shape(equation: str, shape: tuple[int, ...], num_dims: int) -> tuple[int, ...]:
+    inputs, output = equation.split("->")
+    sizes = dict(zip(inputs.split(",")[1], shape, strict=True))
+    return tuple(sizes[letter] for letter in output[-num_dims:])

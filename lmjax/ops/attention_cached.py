@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lmjax.ops.attention_reference import HIDDEN
+from lmjax.ops.attention_scores import expanded, scores, softmax
 
 
 def cached_attention(
@@ -17,29 +17,35 @@ def cached_attention(
     v_BSKH: Float[Array, "batch slots kv_heads head_dim"],
     query_positions_BT: Int[Array, "batch seq"],
     key_positions_BS: Int[Array, "batch slots"],
+    slopes_N: Float[Array, " heads"] | None = None,
+    sinks_N: Float[Array, " heads"] | None = None,
     *,
     window: int | None,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """softmax(scale q k^T) v over the slots that hold the same or an earlier position, in the dtype of q.
+    """Attention over the slots that hold the same or an earlier position, in the dtype of q, the softmax in float32.
 
-    The softmax is in float32. With ``window``, query i sees key j where i - window < j <= i. A slot whose position is
-    -1 is empty. A query whose own position is -1 (padding) sees nothing and gives 0. The result is sharded by heads
-    where k and v are. Scores are (batch, heads, T, S) at once: a long prompt is given in parts.
+    With ``window``, query i sees key j where i - window < j <= i. A slot whose position is -1 is empty. A query whose
+    own position is -1 (padding) sees nothing and gives 0. The result is sharded by heads where k and v are. Scores are
+    (batch, heads, T, S) at once: a long prompt is given in parts. Other arguments are those of ``reference_attention``.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     batch, _, heads, _ = jax.typeof(k_BSKH).sharding.spec
     if heads is None:  # K/V heads that tensor does not divide are whole on every device, and so the queries have to be
         q_BTNH = jax.sharding.reshard(q_BTNH, jax.P(batch, None, None, None))
+    slopes_KG, sinks_KG = (
+        None if x is None else jax.sharding.reshard(x, jax.P(heads)).reshape(K, N // K, out_sharding=jax.P(heads, None))
+        for x in (slopes_N, sinks_N)
+    )
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=jax.P(batch, None, heads, None, None))
-    scores_BKGTS = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     distance_BTS = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
     visible_BTS = (key_positions_BS[:, None, :] >= 0) & (distance_BTS >= 0)
     if window is not None:
         visible_BTS &= distance_BTS < window
-    visible = visible_BTS[:, None, None]
-    weights_BKGTS = jax.nn.softmax(jnp.where(visible, scores_BKGTS, HIDDEN), axis=-1)
-    weights_BKGTS = jnp.where(visible, weights_BKGTS, 0.0).astype(v_BSKH.dtype)
+    scores_BKGTS = scores(q_BTKGH, k_BSKH, distance_BTS, scale=scale, softcap=softcap, slopes_KG=slopes_KG)
+    weights_BKGTS = softmax(scores_BKGTS, visible_BTS, sinks_KG)
+    weights_BKGTS = jnp.where(expanded(visible_BTS), weights_BKGTS, 0.0).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
     return out_BTKGH.reshape(B, T, N, H, out_sharding=jax.P(batch, None, heads, None))

@@ -26,11 +26,30 @@ class Mask:
         if self.window is not None and not self.causal:
             raise InputError("attention mask: a window looks back from the query, so it needs causal=True")
 
-    def visible(self, queries_T: Int[Array, " T"], keys_S: Int[Array, " S"]) -> Bool[Array, "T S"]:
-        """Whether the query at each position sees the key at each position."""
-        distance_TS = queries_T[:, None] - keys_S[None, :]
-        visible_TS = distance_TS >= 0 if self.causal else jnp.ones(distance_TS.shape, bool)
-        return visible_TS if self.window is None else visible_TS & (distance_TS < self.window)
+    def visible(self, distance: Int[Array, "*batch T S"]) -> Bool[Array, "*batch T S"]:
+        """Whether a query sees a key, given the positions from key to query."""
+        visible = distance >= 0 if self.causal else jnp.ones(distance.shape, bool)
+        return visible if self.window is None else visible & (distance < self.window)
+
+
+def visible_pairs(
+    mask: Mask,
+    distance_TS: Int[Array, "T S"],
+    query_segments_BT: Int[Array, "batch T"] | None,
+    key_segments_BS: Int[Array, "batch S"] | None,
+    key_prefix_BS: Bool[Array, "batch S"] | None,
+) -> Bool[Array, "*batch T S"]:
+    """All that decides whether a query sees a key; (T, S) where nothing depends on the row.
+
+    Keys of the prefix are seen by every query of their segment (a prefix-LM mask, arXiv 1910.10683 section 3.2.1).
+    """
+    visible = mask.visible(distance_TS)
+    if key_prefix_BS is not None:
+        visible = visible | key_prefix_BS[:, None, :]
+    if query_segments_BT is not None:
+        assert key_segments_BS is not None
+        visible = visible & same_segment(query_segments_BT, key_segments_BS)
+    return visible
 
 
 def same_segment(

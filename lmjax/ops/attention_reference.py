@@ -1,17 +1,14 @@
-"""Attention in plain jnp: every score at once. What the other kernels are compared with.
+"""Attention in plain jnp: all scores of a row, or of a block of queries, at once. What other kernels are compared with.
 
 Legend: B batch, T query positions, S key positions, N query heads, K kv heads, G query heads per kv head, H head_dim.
 """
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from lmjax.ops.attention_mask import Mask, same_segment
-
-HIDDEN = -1e30
-"""The score of a key that a query does not see: finite, since -inf - -inf is not a number."""
+from lmjax.ops.attention_mask import Mask, visible_pairs
+from lmjax.ops.attention_scores import scores, softmax
 
 
 def reference_attention(
@@ -19,24 +16,42 @@ def reference_attention(
     k_BSKH: Float[Array, "batch S kv_heads head_dim"],
     v_BSKH: Float[Array, "batch S kv_heads head_dim"],
     segment_ids_BT: Int[Array, "batch T"] | None,
+    prefix_BT: Bool[Array, "batch T"] | None = None,
+    slopes_N: Float[Array, " heads"] | None = None,
+    sinks_N: Float[Array, " heads"] | None = None,
     *,
     mask: Mask,
     scale: float,
+    softcap: float | None = None,
     save_as: str | None = None,
+    block: int | None = None,
 ) -> Float[Array, "batch T heads head_dim"]:
-    """softmax(scale q k^T) v in the dtype of q, the softmax in float32. A query that sees nothing gives 0.
+    """softmax(scores) v in the dtype of q, the softmax in float32. A query that sees nothing gives 0.
 
-    ``save_as`` names, for ``jax.checkpoint`` policies, what the backward pass needs of the result.
+    ``prefix`` marks keys that their whole segment sees, ``slopes`` are ALiBi's, ``sinks`` the scores of sinks (see
+    ``lmjax.ops.attention_scores``). ``save_as`` names, for ``jax.checkpoint`` policies, what the backward pass needs of
+    the result. With ``block``, that many queries are taken at a time, and only the keys that ``mask`` may leave them.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
+    slopes_KG, sinks_KG = (None if x is None else x.reshape(K, N // K) for x in (slopes_N, sinks_N))
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    visible = mask.visible(jnp.arange(T), jnp.arange(S))
-    if segment_ids_BT is not None:
-        visible = (visible & same_segment(segment_ids_BT, segment_ids_BT))[:, None, None]
-    weights_BKGTS = jax.nn.softmax(jnp.where(visible, scores_BKGTS, HIDDEN), axis=-1).astype(v_BSKH.dtype)
-    out_BTNH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    parts = []
+    for start in range(0, T, block or T):
+        stop = min(start + (block or T), T)
+        keys = slice(0, S)
+        if block is not None and mask.causal and prefix_BT is None:
+            keys = slice(0 if mask.window is None else max(0, start - mask.window + 1), stop)
+        distance_TS = jnp.arange(start, stop)[:, None] - jnp.arange(keys.start, keys.stop)
+        scores_BKGTS = scores(
+            q_BTKGH[:, start:stop], k_BSKH[:, keys], distance_TS, scale=scale, softcap=softcap, slopes_KG=slopes_KG
+        )
+        segments = (None, None) if segment_ids_BT is None else (segment_ids_BT[:, start:stop], segment_ids_BT[:, keys])
+        visible = visible_pairs(mask, distance_TS, *segments, None if prefix_BT is None else prefix_BT[:, keys])
+        weights_BKGTS = softmax(scores_BKGTS, visible, sinks_KG).astype(v_BSKH.dtype)
+        parts.append(jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH[:, keys]))
+    out_BTKGH = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    out_BTNH = out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
     if segment_ids_BT is not None:
         out_BTNH = jnp.where((segment_ids_BT != 0)[:, :, None, None], out_BTNH, 0)
     return out_BTNH if save_as is None else checkpoint_name(out_BTNH, save_as)

@@ -28,6 +28,7 @@ def splash_attention(
     *,
     mask: Mask,
     scale: float,
+    softcap: float | None = None,
     save_as: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "batch T heads head_dim"]:
@@ -36,6 +37,7 @@ def splash_attention(
     attend = kernel.make_splash_mha_single_device(
         masks.MultiHeadMask([_mask(mask, T)] * N),
         block_sizes=_block_sizes(T),
+        attn_logits_soft_cap=softcap,
         residual_checkpoint_name=save_as,
         interpret=interpret,
     )

@@ -13,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lmjax.mesh import AXES, BATCH_AXES
+from lmjax.ops.logits import logits
 
 _TABLE = P("tensor", "fsdp")
+_BIAS = P("tensor")
 _TOKENS = P(BATCH_AXES, None)
 
 
@@ -49,16 +51,19 @@ def linear_cross_entropy(
     options: LossOptions,
     *,
     vocab_size: int,
+    bias_V: Float[Array, " vocab"] | None = None,
+    softcap: float | None = None,
 ) -> LossSums:
-    """Weighted sums of -log softmax(x table^T)[target]. Logits are float32; table rows from vocab_size on are padding.
+    """Weighted sums of -log softmax(logits)[target]; logits = x table^T + bias in float32, capped by ``softcap``
+    (``lmjax.ops.logits``). Table rows from vocab_size on are padding.
 
-    ``x`` is sharded as the residual stream (by sequence over ``tensor``, or not), ``table`` P(tensor, fsdp). Targets
-    and weights are data. Where a gradient is asked for, it is computed together with the value, so that three matrix
-    products a chunk do for both (Liger, arXiv 2410.10989 section 3.2); the gradient of the table is summed over chunks
-    in float32 on each device and over devices once. Without a gradient, this is one product a chunk.
+    ``x`` is sharded as the residual stream (by sequence over ``tensor``, or not), ``table`` P(tensor, fsdp), ``bias``
+    P(tensor). Targets and weights are data. Where a gradient is asked for, it is computed together with the value, so
+    that three matrix products a chunk do for both (Liger, arXiv 2410.10989 section 3.2); the gradient of the table is
+    summed over chunks in float32 on each device and over devices once. Without a gradient, this is one product a chunk.
     """
     weights_BT = jax.lax.stop_gradient(weights_BT)
-    return _loss(options, vocab_size, x_BTD, table_VD, targets_BT, weights_BT)
+    return _loss(_Static(options, vocab_size, softcap), x_BTD, table_VD, bias_V, targets_BT, weights_BT)
 
 
 def token_nll(
@@ -68,10 +73,12 @@ def token_nll(
     options: LossOptions,
     *,
     vocab_size: int,
+    bias_V: Float[Array, " vocab"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "batch seq"]:
-    """-log softmax(x table^T)[target] of each token, in nats, float32; no gradient. Arguments as above."""
-    x_BTD, table_VD = jax.lax.stop_gradient((x_BTD, table_VD))
-    return _token_losses(options, vocab_size, x_BTD, table_VD, targets_BT)[0]
+    """-log softmax(logits)[target] of each token, in nats, float32; no gradient. Arguments as above."""
+    x_BTD, table_VD, bias_V = jax.lax.stop_gradient((x_BTD, table_VD, bias_V))
+    return _token_losses(_Static(options, vocab_size, softcap), x_BTD, table_VD, bias_V, targets_BT)[0]
 
 
 def naive_cross_entropy(
@@ -82,10 +89,11 @@ def naive_cross_entropy(
     options: LossOptions,
     *,
     vocab_size: int,
+    bias_V: Float[Array, " vocab"] | None = None,
+    softcap: float | None = None,
 ) -> LossSums:
     """The same in plain jnp, all logits at once, for arrays that are not sharded: what the other is compared with."""
-    table_VD = table_VD[:vocab_size].astype(x_BTD.dtype)
-    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+    logits_BTV = logits(x_BTD, table_VD[:vocab_size], None if bias_V is None else bias_V[:vocab_size], softcap)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     nll_BT = lse_BT - jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return _sums(options, nll_BT, lse_BT, weights_BT)
@@ -97,85 +105,105 @@ def _sums(options: LossOptions, nll_BT: jax.Array, lse_BT: jax.Array, weights_BT
     return LossSums(nll + z_loss, nll, z_loss, jnp.sum(weights_BT))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(options, vocab_size, x_BTD, table_VD, targets_BT, weights_BT) -> LossSums:
-    nll_BT, lse_BT = _token_losses(options, vocab_size, x_BTD, table_VD, targets_BT)
-    return _sums(options, nll_BT, lse_BT, weights_BT)
+class _Static(NamedTuple):
+    """What is known while compiling."""
+
+    options: LossOptions
+    vocab_size: int
+    softcap: float | None
 
 
-def _loss_forward(options, vocab_size, x_BTD, table_VD, targets_BT, weights_BT):
-    nll_BT, lse_BT, dx_BTD, dtable_VD = _token_losses_and_gradients(
-        options, vocab_size, x_BTD, table_VD, targets_BT, weights_BT
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(static: _Static, x_BTD, table_VD, bias_V, targets_BT, weights_BT) -> LossSums:
+    nll_BT, lse_BT = _token_losses(static, x_BTD, table_VD, bias_V, targets_BT)
+    return _sums(static.options, nll_BT, lse_BT, weights_BT)
+
+
+def _loss_forward(static: _Static, x_BTD, table_VD, bias_V, targets_BT, weights_BT):
+    nll_BT, lse_BT, dx_BTD, dtable_VD, dbias_V = _token_losses_and_gradients(
+        static, x_BTD, table_VD, bias_V, targets_BT, weights_BT
     )
-    return _sums(options, nll_BT, lse_BT, weights_BT), (dx_BTD, dtable_VD.astype(table_VD.dtype))
+    dbias_V = None if dbias_V is None or bias_V is None else dbias_V.astype(bias_V.dtype)
+    gradients = (dx_BTD, dtable_VD.astype(table_VD.dtype), dbias_V)
+    return _sums(static.options, nll_BT, lse_BT, weights_BT), gradients
 
 
-def _loss_backward(options, vocab_size, residuals, cotangents: LossSums):
-    dx_BTD, dtable_VD = residuals
+def _loss_backward(static: _Static, gradients, cotangents: LossSums):
+    dx_BTD, dtable_VD, dbias_V = gradients
     dx_BTD = (cotangents.loss * dx_BTD.astype(jnp.float32)).astype(dx_BTD.dtype)
-    return dx_BTD, cotangents.loss * dtable_VD, None, None
+    return dx_BTD, cotangents.loss * dtable_VD, None if dbias_V is None else cotangents.loss * dbias_V, None, None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _token_losses(options, vocab_size, x_BTD, table_VD, targets_BT) -> tuple[jax.Array, jax.Array]:
+def _token_losses(static: _Static, x_BTD, table_VD, bias_V, targets_BT) -> tuple[jax.Array, jax.Array]:
     """-log p(target) and the log normaliser of every token."""
     x_spec = jax.typeof(x_BTD).sharding.spec
 
-    def local(x_BTD, table_VD, targets_BT):
-        chunks = _Chunks(x_BTD.shape, x_spec, options.chunk_tokens)
+    def local(x_BTD, table_VD, bias_V, targets_BT):
+        chunks = _Chunks(x_BTD.shape, x_spec, static.options.chunk_tokens)
         table_VD = jax.lax.all_gather(table_VD.astype(x_BTD.dtype), "fsdp", axis=1, tiled=True)
 
         def body(_, chunk):
             x_CD, targets_C = chunk
-            logits_CV, is_target_CV = _logits(chunks.gather(x_CD), table_VD, targets_C, vocab_size)
+            logits_CV, is_target_CV = _logits(static, chunks.gather(x_CD), table_VD, bias_V, targets_C)
             return None, _chunk_losses(logits_CV, is_target_CV)[:2]
 
         _, (nll, lse) = jax.lax.scan(body, None, (chunks.split_local(x_BTD), chunks.split_whole(targets_BT)))
         return chunks.join_whole(nll), chunks.join_whole(lse)
 
-    return jax.shard_map(local, in_specs=(x_spec, _TABLE, _TOKENS), out_specs=(_TOKENS, _TOKENS))(
-        x_BTD, table_VD, targets_BT
+    return jax.shard_map(local, in_specs=(x_spec, _TABLE, _BIAS, _TOKENS), out_specs=(_TOKENS, _TOKENS))(
+        x_BTD, table_VD, bias_V, targets_BT
     )
 
 
-def _token_losses_and_gradients(options, vocab_size, x_BTD, table_VD, targets_BT, weights_BT):
-    """The same, and the gradients of the weighted loss with respect to x (in its dtype) and the table (float32)."""
+def _token_losses_and_gradients(static: _Static, x_BTD, table_VD, bias_V, targets_BT, weights_BT):
+    """The same, and the gradients of the weighted loss: of x in its dtype, of table and bias in float32."""
     x_spec = jax.typeof(x_BTD).sharding.spec
 
-    def local(x_BTD, table_VD, targets_BT, weights_BT):
-        chunks = _Chunks(x_BTD.shape, x_spec, options.chunk_tokens)
+    def local(x_BTD, table_VD, bias_V, targets_BT, weights_BT):
+        chunks = _Chunks(x_BTD.shape, x_spec, static.options.chunk_tokens)
         table_VD = jax.lax.all_gather(table_VD.astype(x_BTD.dtype), "fsdp", axis=1, tiled=True)
 
-        def body(dtable_VD, chunk):
+        def body(sums, chunk):
+            dtable_VD, dbias_V = sums
             x_CD, targets_C, weights_C = chunk
             x_CD = chunks.gather(x_CD)
-            logits_CV, is_target_CV = _logits(x_CD, table_VD, targets_C, vocab_size)
+            logits_CV, is_target_CV = _logits(static, x_CD, table_VD, bias_V, targets_C)
             nll_C, lse_C, softmax_CV = _chunk_losses(logits_CV, is_target_CV)
-            slope_C = 1 + 2 * options.z_loss * lse_C
-            dlogits_CV = (weights_C[:, None] * (slope_C[:, None] * softmax_CV - is_target_CV)).astype(x_CD.dtype)
+            slope_C = 1 + 2 * static.options.z_loss * lse_C
+            dlogits_CV = weights_C[:, None] * (slope_C[:, None] * softmax_CV - is_target_CV)
+            if static.softcap is not None:  # the derivative of the cap; a padding logit has no gradient anyway
+                dlogits_CV *= 1 - jnp.square(jnp.where(softmax_CV > 0, logits_CV, 0.0) / static.softcap)
+            if bias_V is not None:
+                dbias_V += jnp.sum(dlogits_CV, axis=0)
+            dlogits_CV = dlogits_CV.astype(x_CD.dtype)
             dx_CD = chunks.sum_and_scatter(jnp.einsum("cv,vd->cd", dlogits_CV, table_VD))
             dtable_VD += jnp.einsum("cv,cd->vd", dlogits_CV, x_CD, preferred_element_type=jnp.float32)
-            return dtable_VD, (nll_C, lse_C, dx_CD)
+            return (dtable_VD, dbias_V), (nll_C, lse_C, dx_CD)
 
-        zeros_VD = jax.lax.pcast(jnp.zeros(table_VD.shape, jnp.float32), AXES, to="varying")
+        zeros = (jnp.zeros(table_VD.shape, jnp.float32), jnp.zeros(table_VD.shape[:1], jnp.float32))
+        zeros = jax.lax.pcast(zeros if bias_V is not None else (zeros[0], None), AXES, to="varying")
         rows = (chunks.split_local(x_BTD), chunks.split_whole(targets_BT), chunks.split_whole(weights_BT))
-        dtable_VD, (nll, lse, dx) = jax.lax.scan(body, zeros_VD, rows)
+        (dtable_VD, dbias_V), (nll, lse, dx) = jax.lax.scan(body, zeros, rows)
         dtable_VD = jax.lax.psum_scatter(dtable_VD, "fsdp", scatter_dimension=1, tiled=True)
         dtable_VD = jax.lax.psum(dtable_VD, "data")
-        return chunks.join_whole(nll), chunks.join_whole(lse), chunks.join_local(dx), dtable_VD
+        dbias_V = None if dbias_V is None else jax.lax.psum(dbias_V, BATCH_AXES)
+        return chunks.join_whole(nll), chunks.join_whole(lse), chunks.join_local(dx), dtable_VD, dbias_V
 
     return jax.shard_map(
-        local, in_specs=(x_spec, _TABLE, _TOKENS, _TOKENS), out_specs=(_TOKENS, _TOKENS, x_spec, _TABLE)
-    )(x_BTD, table_VD, targets_BT, weights_BT)
+        local,
+        in_specs=(x_spec, _TABLE, _BIAS, _TOKENS, _TOKENS),
+        out_specs=(_TOKENS, _TOKENS, x_spec, _TABLE, _BIAS),
+    )(x_BTD, table_VD, bias_V, targets_BT, weights_BT)
 
 
-def _logits(x_CD, table_VD, targets_C, vocab_size) -> tuple[jax.Array, jax.Array]:
+def _logits(static: _Static, x_CD, table_VD, bias_V, targets_C) -> tuple[jax.Array, jax.Array]:
     """The logits of this device's part of the vocabulary in float32, and where the targets are among them."""
-    logits_CV = jnp.einsum("cd,vd->cv", x_CD, table_VD, preferred_element_type=jnp.float32)
+    logits_CV = logits(x_CD, table_VD, bias_V, static.softcap)
     rows_V = jax.lax.axis_index("tensor") * table_VD.shape[0] + jnp.arange(table_VD.shape[0])
-    return jnp.where(rows_V < vocab_size, logits_CV, -jnp.inf), rows_V == targets_C[:, None]
+    return jnp.where(rows_V < static.vocab_size, logits_CV, -jnp.inf), rows_V == targets_C[:, None]
 
 
 def _chunk_losses(logits_CV, is_target_CV) -> tuple[jax.Array, jax.Array, jax.Array]:
