@@ -194,7 +194,9 @@ class Decoder(nnx.Module):
         rotations: dict[BlockKind, Rotation | None] = {}
         for kind in self.config.layer_pattern:
             rope = self.config.rope(kind)
-            rotations[kind] = None if rope is None else rope.rotation(rows.positions_BT)
+            rotations[kind] = (
+                None if rope is None else rope.rotation(rows.positions_BT, None if write is None else write.length_B)
+            )
         return Forward(rows, rotations, execution, dropout, write)
 
     def _embedded(self, tokens_BT, forward: Forward) -> Float[Array, "batch seq embed"]:
@@ -215,28 +217,30 @@ class Decoder(nnx.Module):
     def _run(self, tokens_BT, forward: Forward, caches) -> tuple[Any, Any]:
         execution = forward.execution
 
-        def apply(x_BTD, block, layer, cache):
-            return block(x_BTD, forward, layer, cache)
+        def apply(x_BTD, block, layer, index, cache):
+            write = None if forward.write is None else forward.write._replace(layer=index)
+            return block(x_BTD, forward._replace(write=write), layer, cache)
 
-        def body(x_BTD, layers):
-            group, first, group_cache = layers
+        def body(carry, layers):
+            x_BTD, group_cache = carry
+            group, first, index = layers
             new_cache = []
             for i, block in enumerate(group.blocks):
                 cache = None if group_cache is None else group_cache[i]
                 run = checkpointed(apply, execution.remat, scanned=execution.scan_layers)
-                x_BTD, cache = run(x_BTD, block, first + i, cache)
+                x_BTD, cache = run(x_BTD, block, first + i, index, cache)
                 new_cache.append(cache)
-            return x_BTD, None if group_cache is None else tuple(new_cache)
+            return (x_BTD, None if group_cache is None else tuple(new_cache)), None
 
         x_BTD = self._embedded(tokens_BT, forward)
         new_caches, num_before = [], 0
-        for index, (segment, shape) in enumerate(zip(self.segments, self.config.segments, strict=True)):
-            firsts = num_before + len(shape.pattern) * jnp.arange(shape.repeats)
-            layers = (segment, firsts, None if caches is None else caches[index])
-            if execution.scan_layers:
-                x_BTD, cache = jax.lax.scan(body, x_BTD, layers)
-            else:
-                x_BTD, cache = _unrolled(body, x_BTD, layers)
+        for i, (segment, shape) in enumerate(zip(self.segments, self.config.segments, strict=True)):
+            indices = jnp.arange(shape.repeats)
+            layers = (segment, num_before + len(shape.pattern) * indices, indices)
+            # The stacked cache is carried, not scanned over, so that it is updated in place.
+            carry = (x_BTD, None if caches is None else caches[i])
+            scan = jax.lax.scan if execution.scan_layers else _unrolled
+            (x_BTD, cache), _ = scan(body, carry, layers)
             new_caches.append(cache)
             num_before += len(shape.pattern) * shape.repeats
         x_BTD = self.final_norm(x_BTD)
@@ -261,11 +265,7 @@ def whole_sequences(x_BTD: Float[Array, "batch seq embed"]) -> Float[Array, "bat
     return jax.sharding.reshard(x_BTD, activation_spec(("batch", "seq", "embed"), x_BTD.shape))
 
 
-def _unrolled(body, x, layers):
-    outputs = []
+def _unrolled(body, carry, layers):
     for i in range(jax.tree.leaves(layers)[0].shape[0]):
-        x, output = body(x, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-        outputs.append(output)
-    if outputs[0] is None:
-        return x, None
-    return x, jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *outputs)
+        carry, _ = body(carry, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+    return carry, None

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lmjax.nn.cache import CacheWrite, LayerCache, written
+from lmjax.nn.cache import CacheWrite, LayerCache, appended
 from lmjax.nn.execution import LayerExecution
 from lmjax.nn.norm import Norm, NormKind
 from lmjax.nn.param import Projection, constant
@@ -146,10 +146,10 @@ class Attention(nnx.Module):
             )
         else:
             assert write is not None
-            cache, key_positions_BS = written(cache, k_BTKH, v_BTKH, write)
+            cache, here, key_positions_BS = appended(cache, k_BTKH, v_BTKH, write)
             out_BTNH = cached_attention(
                 q_BTNH,
-                *cache,
+                *here,
                 rows.positions_BT,
                 key_positions_BS,
                 slopes_N,

@@ -1,27 +1,62 @@
 """The keys and values of earlier tokens, and where new ones are written.
 
-Legend: B batch, T new positions, S slots of the cache, K kv heads, H head_dim.
+A forward pass writes the same columns of every row. Rows are aligned at the ends of their prompts: column c of row b has the
+position c - first[b], and what is before first[b] is padding. Column c lies in slot c mod S of a layer's S slots, so that a
+layer with a window needs few of them: the columns that its queries have left behind are written over.
+
+Legend: L layers, B batch, T new positions, S slots of the cache, K kv heads, H head_dim.
 """
 
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of the tokens so far, one slot each."""
+    """Keys (rotated) and values, one slot a token: of one layer, or stacked over layers as their parameters are."""
 
-    keys_BSKH: Float[Array, "batch slots kv_heads head_dim"]
-    values_BSKH: Float[Array, "batch slots kv_heads head_dim"]
+    keys: Float[Array, "*layers batch slots kv_heads head_dim"]
+    values: Float[Array, "*layers batch slots kv_heads head_dim"]
 
 
 class CacheWrite(NamedTuple):
-    """Where a forward pass puts its tokens: the slots from ``start`` on, the same for every row."""
+    """Where a forward pass puts its T tokens."""
 
     start: Int[Array, ""]
-    key_positions_BS: Int[Array, "batch slots"]
-    """The position that each slot holds once these tokens are written; -1 where it holds none."""
+    """The column of the first; a multiple of T for a cache that has fewer slots than there are columns."""
+    first_B: Int[Array, " batch"]
+    """The column of each row's position 0."""
+    length_B: Int[Array, " batch"]
+    """Tokens of each row up to now, the whole prompt from its first part on: what scaled rotations go by."""
+    layer: Int[Array, ""] | int = 0
+    """Which of the stacked layers is at work."""
+
+
+def slots_of_window(window: int, part: int) -> int:
+    """The fewest slots that hold what ``part`` queries see through ``window``, with no wrap inside of a part."""
+    return -(-(window - 1 + part) // part) * part
+
+
+def appended(
+    cache: LayerCache,
+    k_BTKH: Float[Array, "batch T kv_heads head_dim"],
+    v_BTKH: Float[Array, "batch T kv_heads head_dim"],
+    write: CacheWrite,
+) -> tuple[LayerCache, LayerCache, Int[Array, "batch slots"]]:
+    """The stacked cache with the new keys and values in it, the part of this layer, and the position in each slot.
+
+    A slot that holds nothing, or padding, has the position -1.
+    """
+    slots = cache.keys.shape[2]
+    at = (write.layer, 0, write.start % slots, 0, 0)
+    cache = LayerCache(
+        jax.lax.dynamic_update_slice(cache.keys, k_BTKH[None], at),
+        jax.lax.dynamic_update_slice(cache.values, v_BTKH[None], at),
+    )
+    here = LayerCache(*(jax.lax.dynamic_index_in_dim(stacked, write.layer, 0, keepdims=False) for stacked in cache))
+    return cache, here, _key_positions(write, slots, k_BTKH.shape[1])
 
 
 def written(
@@ -30,9 +65,16 @@ def written(
     v_BTKH: Float[Array, "batch T kv_heads head_dim"],
     write: CacheWrite,
 ) -> tuple[LayerCache, Int[Array, "batch slots"]]:
-    """The cache with the new keys and values in it, and the position that each of its slots then holds."""
+    """The cache of one layer with the new keys and values in it, and the position that each of its slots then holds."""
+    slots = cache.keys.shape[1]
     cache = LayerCache(
-        jax.lax.dynamic_update_slice_in_dim(cache.keys_BSKH, k_BTKH, write.start, 1),
-        jax.lax.dynamic_update_slice_in_dim(cache.values_BSKH, v_BTKH, write.start, 1),
+        jax.lax.dynamic_update_slice_in_dim(cache.keys, k_BTKH, write.start % slots, 1),
+        jax.lax.dynamic_update_slice_in_dim(cache.values, v_BTKH, write.start % slots, 1),
     )
-    return cache, write.key_positions_BS
+    return cache, _key_positions(write, slots, k_BTKH.shape[1])
+
+
+def _key_positions(write: CacheWrite, slots: int, new: int) -> Int[Array, "batch slots"]:
+    last = write.start + new - 1
+    columns_S = last - (last - jnp.arange(slots)) % slots
+    return jnp.maximum(columns_S - write.first_B[:, None], -1)

@@ -32,13 +32,18 @@ class Rope:
     """Whether dimensions (2i, 2i + 1) are a pair, as in the paper and in GPT-J, and not (i, i + width / 2)."""
     scaling: RopeScaling | None = None
 
-    def rotation(self, positions_BT: Int[Array, "batch seq"]) -> Rotation:
-        """Angles position x theta^(-2i / width), as ``scaling`` changes them; float32."""
+    def rotation(
+        self, positions_BT: Int[Array, "batch seq"], lengths_B: Int[Array, " batch"] | None = None
+    ) -> Rotation:
+        """Angles position x theta^(-2i / width), as ``scaling`` changes them; float32.
+
+        Some scalings go by the length of a row, whatever other rows the batch has: its largest position plus 1, unless
+        ``lengths`` are given, as they have to be where the batch holds a part of the row only.
+        """
         if self.scaling is None:
             frequencies, factor = powers(self.theta, self.width), 1.0
         else:
-            # A row is as long as its largest position says, whatever the other rows of the batch hold.
-            lengths_B = jnp.max(positions_BT, axis=1) + 1
+            lengths_B = jnp.max(positions_BT, axis=1) + 1 if lengths_B is None else lengths_B
             frequencies, factor = self.scaling.frequencies(self.theta, self.width, lengths_B[:, None, None])
         angles_BTR = positions_BT[:, :, None].astype(jnp.float32) * frequencies
         return Rotation(jnp.cos(angles_BTR) * factor, jnp.sin(angles_BTR) * factor)

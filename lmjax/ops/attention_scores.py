@@ -20,7 +20,7 @@ def scores(
     softcap: float | None,
     slopes_KG: Float[Array, "kv_heads group"] | None,
 ) -> Float[Array, "batch kv_heads group T S"]:
-    """softcap x tanh(scale q k^T / softcap) - slope x distance, in float32.
+    """softcap x tanh(scale q k^T / softcap) - slope x |distance|, in float32.
 
     ``distance``, from key to query in positions, is (T, S) or (batch, T, S).
     """
@@ -44,7 +44,7 @@ def adjusted(
     if softcap is not None:
         products_BKGTS = softcap * jnp.tanh(products_BKGTS / softcap)
     if slopes_KG is not None:
-        products_BKGTS -= slopes_KG[:, :, None, None] * expanded(distance).astype(jnp.float32)
+        products_BKGTS -= slopes_KG[:, :, None, None] * jnp.abs(expanded(distance)).astype(jnp.float32)
     return products_BKGTS
 
 

@@ -175,7 +175,7 @@ def _token_losses_and_gradients(static: _Static, x_BTD, table_VD, bias_V, target
             slope_C = 1 + 2 * static.options.z_loss * lse_C
             dlogits_CV = weights_C[:, None] * (slope_C[:, None] * softmax_CV - is_target_CV)
             if static.softcap is not None:  # the derivative of the cap; a padding logit has no gradient anyway
-                dlogits_CV *= 1 - jnp.square(jnp.where(softmax_CV > 0, logits_CV, 0.0) / static.softcap)
+                dlogits_CV *= 1 - jnp.square(jnp.where(jnp.isfinite(logits_CV), logits_CV, 0.0) / static.softcap)
             if bias_V is not None:
                 dbias_V += jnp.sum(dlogits_CV, axis=0)
             dlogits_CV = dlogits_CV.astype(x_CD.dtype)

@@ -56,9 +56,10 @@ def abstract_decoder(config: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def decay_mask(config: DecoderConfig) -> Any:
-    """Which parameters are decayed: those that are matrices in a single layer."""
+    """Which parameters are decayed: matrices and tables; not norms, biases and sinks, whatever their dimensions."""
     _, variables = nnx.split(jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0)))
-    return nnx.to_pure_dict(jax.tree.map(lambda variable: len(variable.axes) > 1, variables, is_leaf=_is_variable))
+    named = nnx.to_pure_dict(jax.tree.map(lambda variable: True, variables, is_leaf=_is_variable))
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "table"), named)
 
 
 def make_blueprint(config: DecoderConfig, optimizer: OptimizerConfig, num_steps: int, mesh: Mesh) -> Blueprint:
