@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lmjax.ops.attention_scores import expanded, scores, softmax
+from lmjax.ops.attention_scores import adjusted, expanded, softmax
 
 
 def cached_attention(
@@ -44,7 +44,8 @@ def cached_attention(
     visible_BTS = (key_positions_BS[:, None, :] >= 0) & (distance_BTS >= 0)
     if window is not None:
         visible_BTS &= distance_BTS < window
-    scores_BKGTS = scores(q_BTKGH, k_BSKH, distance_BTS, scale=scale, softcap=softcap, slopes_KG=slopes_KG)
+    products_BKGTS = scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    scores_BKGTS = adjusted(products_BKGTS, distance_BTS, softcap=softcap, slopes_KG=slopes_KG)
     weights_BKGTS = softmax(scores_BKGTS, visible_BTS, sinks_KG)
     weights_BKGTS = jnp.where(expanded(visible_BTS), weights_BKGTS, 0.0).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.ops.attention_mask import Mask, visible_pairs
-from lmjax.ops.attention_scores import HIDDEN, adjusted, expanded, products
+from lmjax.ops.attention_scores import HIDDEN, adjusted, expanded
 
 BLOCK = 512
 """Positions of a block: the matrix products are large, and the scores of a pair of blocks still small."""
@@ -114,7 +114,7 @@ def _forward(options: Options, *arrays):
         i, j = pair
         max_BKGC, sum_BKGC, out_BKGCH = (part[i] for part in state)
         distance_CS, visible = _visible(options, inputs, i, j)
-        products_BKGCS = products(inputs.q_IBCKGH[i], inputs.k_IBSKH[j], options.scale)
+        products_BKGCS = options.scale * _einsum32("bckgh,bskh->bkgcs", inputs.q_IBCKGH[i], inputs.k_IBSKH[j])
         scores_BKGCS = adjusted(products_BKGCS, distance_CS, softcap=options.softcap, slopes_KG=inputs.slopes_KG)
         scores_BKGCS = jnp.where(visible, scores_BKGCS, HIDDEN)
         new_max_BKGC = jnp.maximum(max_BKGC, scores_BKGCS.max(-1))
@@ -155,7 +155,8 @@ def _backward(options: Options, residuals, dout_IBCKGH):
         dout_BCKGH = dout_IBCKGH[i]
         distance_CS, visible = _visible(options, inputs, i, j)
         adjust = functools.partial(adjusted, distance=distance_CS, softcap=options.softcap, slopes_KG=inputs.slopes_KG)
-        scores_BKGCS, to_products = jax.vjp(adjust, products(q_BCKGH, k_BSKH, options.scale))
+        products_BKGCS = options.scale * _einsum32("bckgh,bskh->bkgcs", q_BCKGH, k_BSKH)
+        scores_BKGCS, to_products = jax.vjp(adjust, products_BKGCS)
         weights_BKGCS = jnp.where(visible, jnp.exp(scores_BKGCS - lse_IBKGC[i][..., None]), 0.0)
         dweights_BKGCS = _einsum32("bckgh,bskh->bkgcs", dout_BCKGH, v_BSKH)
         dscores_BKGCS = weights_BKGCS * (dweights_BKGCS - delta_IBKGC[i][..., None])

@@ -1,6 +1,7 @@
 """Attention in plain jnp: all scores of a row, or of a block of queries, at once. What other kernels are compared with.
 
-Legend: B batch, T query positions, S key positions, N query heads, K kv heads, G query heads per kv head, H head_dim.
+Legend: B batch, T query positions, S key positions, N query heads, K kv heads, G query heads per kv head,
+R rows of a product (the queries of all heads of a group), H head_dim.
 """
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.ops.attention_mask import Mask, visible_pairs
-from lmjax.ops.attention_scores import scores, softmax
+from lmjax.ops.attention_scores import adjusted, softmax
 
 
 def reference_attention(
@@ -35,22 +36,33 @@ def reference_attention(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     slopes_KG, sinks_KG = (None if x is None else x.reshape(K, N // K) for x in (slopes_N, sinks_N))
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    # Heads first, once: what follows are products over leading dimensions, and slices of whole rows.
+    q_BKGTH = jnp.einsum("btkgh->bkgth", q_BTNH.reshape(B, T, K, N // K, H))
+    whole_k_BKSH, whole_v_BKSH = (jnp.swapaxes(x, 1, 2) for x in (k_BSKH, v_BSKH))
     parts = []
     for start in range(0, T, block or T):
         stop = min(start + (block or T), T)
-        keys = slice(0, S)
+        first, last = 0, S
         if block is not None and mask.causal and prefix_BT is None:
-            keys = slice(0 if mask.window is None else max(0, start - mask.window + 1), stop)
-        distance_TS = jnp.arange(start, stop)[:, None] - jnp.arange(keys.start, keys.stop)
-        scores_BKGTS = scores(
-            q_BTKGH[:, start:stop], k_BSKH[:, keys], distance_TS, scale=scale, softcap=softcap, slopes_KG=slopes_KG
+            first, last = 0 if mask.window is None else max(0, start - mask.window + 1), stop
+        distance_TS = jnp.arange(start, stop)[:, None] - jnp.arange(first, last)
+        q_BKRH = q_BKGTH[:, :, :, start:stop].reshape(B, K, -1, H)
+        k_BKSH, v_BKSH = whole_k_BKSH[:, :, first:last], whole_v_BKSH[:, :, first:last]
+        products_BKRS = scale * jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+        products_BKGTS = products_BKRS.reshape(B, K, N // K, stop - start, last - first)
+        scores_BKGTS = adjusted(products_BKGTS, distance_TS, softcap=softcap, slopes_KG=slopes_KG)
+        visible = visible_pairs(
+            mask,
+            distance_TS,
+            None if segment_ids_BT is None else segment_ids_BT[:, start:stop],
+            None if segment_ids_BT is None else segment_ids_BT[:, first:last],
+            None if prefix_BT is None else prefix_BT[:, first:last],
         )
-        segments = (None, None) if segment_ids_BT is None else (segment_ids_BT[:, start:stop], segment_ids_BT[:, keys])
-        visible = visible_pairs(mask, distance_TS, *segments, None if prefix_BT is None else prefix_BT[:, keys])
         weights_BKGTS = softmax(scores_BKGTS, visible, sinks_KG).astype(v_BSKH.dtype)
-        parts.append(jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH[:, keys]))
-    out_BTKGH = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        weights_BKRS = weights_BKGTS.reshape(products_BKRS.shape)
+        parts.append(jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKSH).reshape(B, K, N // K, stop - start, H))
+    out_BKGTH = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
+    out_BTKGH = jnp.einsum("bkgth->btkgh", out_BKGTH)
     out_BTNH = out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
     if segment_ids_BT is not None:
         out_BTNH = jnp.where((segment_ids_BT != 0)[:, :, None, None], out_BTNH, 0)

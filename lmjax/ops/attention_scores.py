@@ -1,6 +1,6 @@
-"""From queries and keys to attention weights: what all kernels in plain jnp share.
+"""From the products of queries and keys to attention weights: what all kernels in plain jnp share.
 
-Legend: B batch, T queries, S keys, K kv heads, G query heads per kv head, H head_dim.
+Legend: B batch, T queries, S keys, K kv heads, G query heads per kv head.
 """
 
 import jax
@@ -11,27 +11,6 @@ HIDDEN = -1e30
 """The score of a key that a query does not see: finite, since -inf - -inf is not a number."""
 
 
-def scores(
-    q_BTKGH: Float[Array, "batch T kv_heads group head_dim"],
-    k_BSKH: Float[Array, "batch S kv_heads head_dim"],
-    distance: Array,
-    *,
-    scale: float,
-    softcap: float | None,
-    slopes_KG: Float[Array, "kv_heads group"] | None,
-) -> Float[Array, "batch kv_heads group T S"]:
-    """softcap x tanh(scale q k^T / softcap) - slope x |distance|, in float32.
-
-    ``distance``, from key to query in positions, is (T, S) or (batch, T, S).
-    """
-    return adjusted(products(q_BTKGH, k_BSKH, scale), distance, softcap=softcap, slopes_KG=slopes_KG)
-
-
-def products(q_BTKGH: Array, k_BSKH: Array, scale: float) -> Float[Array, "batch kv_heads group T S"]:
-    """scale q k^T in float32."""
-    return scale * jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-
-
 def adjusted(
     products_BKGTS: Float[Array, "batch kv_heads group T S"],
     distance: Array,
@@ -39,8 +18,11 @@ def adjusted(
     softcap: float | None,
     slopes_KG: Float[Array, "kv_heads group"] | None,
 ) -> Float[Array, "batch kv_heads group T S"]:
-    """Products made scores: soft-capping is that of Gemma 2 (arXiv 2408.00118, section 2), the slopes are ALiBi's
-    (arXiv 2108.12409, section 3)."""
+    """From scale q k^T in float32 to scores: softcap x tanh(products / softcap) - slope x |distance|.
+
+    ``distance``, from key to query in positions, is (T, S) or (batch, T, S). Soft-capping is that of Gemma 2
+    (arXiv 2408.00118, section 2), the slopes are ALiBi's (arXiv 2108.12409, section 3).
+    """
     if softcap is not None:
         products_BKGTS = softcap * jnp.tanh(products_BKGTS / softcap)
     if slopes_KG is not None:
