@@ -84,8 +84,8 @@ def score_validation(opened: OpenModel) -> dict[str, Any]:
     from lmjax.mesh import batch_shards
     from lmjax.ops.cross_entropy import LossOptions
     from lmjax.train.evaluate import make_evaluator
+    from lmjax.train.held_out import evaluation_batches
     from lmjax.train.job import open_dataset
-    from lmjax.train.loop import evaluation_batches
 
     blueprint, train = opened.blueprint, opened.config.train
     shards = batch_shards(blueprint.mesh.shape)

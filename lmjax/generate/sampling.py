@@ -5,6 +5,7 @@ Legend: B batch, V vocab.
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,27 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt32
 
+from lmjax.generate.options import Options
 from lmjax.mesh import BATCH_AXES
+
+
+class Sampling(NamedTuple):
+    """The distribution that tokens are drawn from, as numbers that a compiled program takes."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    tail: Float[Array, ""]
+    """Probability of the least probable tokens that are left out, 1 - top_p; -1 leaves out none."""
+    min_p: Float[Array, ""]
+
+    @classmethod
+    def of(cls, options: Options, vocab_size: int) -> "Sampling":
+        """As NumPy scalars."""
+        top_k = vocab_size if options.top_k is None else options.top_k
+        tail = -1 if options.top_p in (None, 1) else 1 - options.top_p
+        floats = (np.asarray(value, np.float32) for value in (options.temperature, tail, options.min_p or 0))
+        temperature, tail, min_p = floats
+        return cls(temperature, np.asarray(top_k, np.int32), tail, min_p)  # pyright: ignore[reportArgumentType]
 
 
 def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> UInt32[np.ndarray, "prompts 2"]:
@@ -27,6 +48,29 @@ def row_keys(seed: int, prompts: Sequence[Sequence[int]]) -> UInt32[np.ndarray, 
         digest = hashlib.blake2b(repr((seed, copies[prompt], prompt)).encode(), digest_size=8).digest()
         keys[row] = np.frombuffer(digest, "<u4")
     return keys
+
+
+def truncated(logits_BV: Float[Array, "batch vocab"], sampling: Sampling) -> Float[Array, "batch vocab"]:
+    """``logits``, -inf for the tokens that are not drawn: of temperature, top-k, top-p and min-p in this order.
+
+    Each step sees the probabilities of what the one before it left, as with transformers' warpers TopK, TopP and MinP.
+    Tokens that are exactly as probable as the last one that stays, stay too. The most probable one always does.
+    """
+
+    def local(logits_BV, sampling):
+        scaled_BV = logits_BV / sampling.temperature
+        ascending_BV = jnp.sort(scaled_BV, axis=-1)
+        vocab = logits_BV.shape[-1]
+        least_B1 = jax.lax.dynamic_slice_in_dim(ascending_BV, vocab - sampling.top_k, 1, -1)
+        ascending_BV = jnp.where(ascending_BV < least_B1, -jnp.inf, ascending_BV)
+        mass_BV = jnp.cumsum(jax.nn.softmax(ascending_BV, axis=-1), axis=-1)
+        stays_BV = (mass_BV > sampling.tail) | (jnp.arange(vocab) == vocab - 1)
+        least_B1 = jnp.maximum(least_B1, jnp.min(ascending_BV, axis=-1, keepdims=True, where=stays_BV, initial=jnp.inf))
+        share_BV = jnp.exp(scaled_BV - ascending_BV[:, -1:])
+        return jnp.where((scaled_BV >= least_B1) & (share_BV >= sampling.min_p), logits_BV, -jnp.inf)
+
+    rows = P(BATCH_AXES, None)
+    return jax.shard_map(local, in_specs=(rows, P()), out_specs=rows)(logits_BV, sampling)
 
 
 def sample(

@@ -124,4 +124,4 @@ def _nll(model: Model, execution: Execution, params: Any, inputs_BT, targets_BT,
         jnp.int32, inputs_BT.shape, 1, out_sharding=jax.typeof(inputs_BT).sharding.spec
     )
     hidden_BTD = decoder.hidden(inputs_BT, positions_BT, segment_ids_BT, execution)
-    return token_nll(hidden_BTD, decoder.head_table, targets_BT, LossOptions(), vocab_size=decoder.config.vocab_size)
+    return token_nll(hidden_BTD, decoder.head_table, targets_BT, LossOptions(), **decoder.head_arguments)

@@ -1,8 +1,8 @@
 """The keys and values of earlier tokens, and where new ones are written.
 
-A forward pass writes the same columns of every row. Rows are aligned at the ends of their prompts: column c of row b has the
-position c - first[b], and what is before first[b] is padding. Column c lies in slot c mod S of a layer's S slots, so that a
-layer with a window needs few of them: the columns that its queries have left behind are written over.
+A forward pass writes the same columns of every row. Rows are aligned at the ends of their prompts: column c of row b
+has the position c - first[b], and what is before first[b] is padding. Column c lies in slot c mod S of a layer's S
+slots, so that a layer with a window needs few: the columns that its queries have left behind are written over.
 
 Legend: L layers, B batch, T new positions, S slots of the cache, K kv heads, H head_dim.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values, one slot a token: of one layer, or stacked over layers as their parameters are."""
+    """Keys (rotated) and values, one slot a token: stacked over layers as their parameters are, or of one layer."""
 
     keys: Float[Array, "*layers batch slots kv_heads head_dim"]
     values: Float[Array, "*layers batch slots kv_heads head_dim"]
@@ -57,21 +57,6 @@ def appended(
     )
     here = LayerCache(*(jax.lax.dynamic_index_in_dim(stacked, write.layer, 0, keepdims=False) for stacked in cache))
     return cache, here, _key_positions(write, slots, k_BTKH.shape[1])
-
-
-def written(
-    cache: LayerCache,
-    k_BTKH: Float[Array, "batch T kv_heads head_dim"],
-    v_BTKH: Float[Array, "batch T kv_heads head_dim"],
-    write: CacheWrite,
-) -> tuple[LayerCache, Int[Array, "batch slots"]]:
-    """The cache of one layer with the new keys and values in it, and the position that each of its slots then holds."""
-    slots = cache.keys.shape[1]
-    cache = LayerCache(
-        jax.lax.dynamic_update_slice_in_dim(cache.keys, k_BTKH, write.start % slots, 1),
-        jax.lax.dynamic_update_slice_in_dim(cache.values, v_BTKH, write.start % slots, 1),
-    )
-    return cache, _key_positions(write, slots, k_BTKH.shape[1])
 
 
 def _key_positions(write: CacheWrite, slots: int, new: int) -> Int[Array, "batch slots"]:

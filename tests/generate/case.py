@@ -19,9 +19,9 @@ class Letters(ByteTokenizer):
     """a to z are the tokens 3 to 28; a text begins with 1 and ends with 2."""
 
     vocab_size = CONFIG.vocab_size
-    bos_id = 1
-    eos_id = 2
-    pad_id = None
+    bos_id: int | None = 1
+    eos_id: int | None = 2
+    pad_id: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") + 3 for letter in text]

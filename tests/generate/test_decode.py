@@ -4,28 +4,36 @@ import numpy as np
 import pytest
 
 from lmjax.errors import InputError
+from lmjax.generate import decode
 from lmjax.generate.decode import Generator
+from lmjax.generate.options import Options
 from tests import tiny
-from tests.generate.case import CONFIG, Letters, Uncached, parameters
+from tests.generate.case import CONFIG, Letters, Uncached, log_softmax, parameters
 
 PROMPTS = [[1, 5, 6], [1, 7, 8, 9, 10, 11, 12], [1]]
 NEW = 9
+MODEL = tiny.with_changes(CONFIG, num_layers=2)
 
 
 class Endless(Letters):
     """No token ends a text."""
 
-    eos_id = None
+    eos_id: int | None = None
 
 
-def generator_on(shape, rng, tokenizer=None, config=CONFIG):
+def options_of(**options) -> Options:
+    return Options(**{"max_tokens": NEW, "temperature": 0.0} | options)
+
+
+def generator_on(shape, rng, tokenizer=None, config=MODEL):
     """A function that continues prompts with random parameters on a mesh; the generator, and the parameters there."""
     blueprint = tiny.blueprint_of(config, tiny.mesh_of(*shape))
     _, params = parameters(blueprint, rng)
     generator = Generator(blueprint, tiny.FLOAT32, tokenizer or Endless())
 
-    def generate(prompts, *, max_tokens=NEW, temperature=0.0, seed=0):
-        return generator.generate(params, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    def generate(prompts, **options):
+        found = generator.generate(params, prompts, options_of(**options))
+        return [sample for samples in found for sample in samples]
 
     return generate, generator, params
 
@@ -37,9 +45,9 @@ def one_device(request):
 
 def test_greedy_takes_the_most_probable_token_of_whole_forward_passes(one_device):
     generate, _, params = one_device
-    uncached = Uncached(tiny.blueprint_of(CONFIG, tiny.mesh_of(1, 1, 1)), params)
+    uncached = Uncached(tiny.blueprint_of(MODEL, tiny.mesh_of(1, 1, 1)), params)
     found = generate(PROMPTS)
-    assert [continuation.finished for continuation in found] == [False] * 3
+    assert [continuation.finish_reason for continuation in found] == ["length"] * 3
     rows = np.zeros((3, 16), np.int64)
     lengths = np.array([len(prompt) for prompt in PROMPTS])
     for row, prompt in enumerate(PROMPTS):
@@ -68,6 +76,7 @@ def test_sharded_equals_one_device(one_device, eight_devices):
     check_equal(eight_devices[0], one_device[0])
 
 
+@pytest.mark.slow
 def test_more_tensor_devices_than_kv_heads_equal_one_device(one_device, seed):
     generate, _, _ = generator_on((1, 1, 8), np.random.default_rng(seed))
     check_equal(generate, one_device[0])
@@ -80,6 +89,81 @@ def test_a_prompt_is_continued_alone_as_among_others_and_its_copies_differently(
     assert together[0] == alone[0]
     assert together[3] != alone[0]
     assert generate([PROMPTS[0]] * 2, temperature=1.0) == [together[0], together[3]]
+
+
+TWICE = [prompt for prompt in PROMPTS for _ in range(2)]
+
+
+def test_samples_are_those_of_copies_of_the_prompt(one_device):
+    generate, _, _ = one_device
+    copies = generate(TWICE, temperature=1.0)
+    assert generate(PROMPTS, temperature=1.0, num_samples=2) == copies
+    assert copies[0] != copies[1]
+
+
+def test_batches_do_not_change_a_sample(one_device):
+    generate, generator, params = one_device
+    found = generator.generate_batches(params, TWICE, options_of(temperature=1.0), 3)
+    assert [samples[0] for samples in found] == generate(TWICE, temperature=1.0)
+
+
+def test_truncation_never_draws_what_it_leaves_out(one_device):
+    generate, _, _ = one_device
+
+    def tokens(**options):
+        return [one.tokens for one in generate(PROMPTS, **options)]
+
+    assert tokens(temperature=3.0, top_k=1, logprobs=3) == tokens()
+    assert tokens(temperature=3.0, top_k=2, logprobs=3) != tokens()
+
+
+def test_logprobs_are_those_of_whole_forward_passes(one_device):
+    generate, _, params = one_device
+    uncached = Uncached(tiny.blueprint_of(MODEL, tiny.mesh_of(1, 1, 1)), params)
+    found = generate(PROMPTS, temperature=2.0, top_k=40, logprobs=3)
+    for prompt, continuation in zip(PROMPTS, found, strict=True):
+        row = np.zeros((1, 16), np.int64)
+        row[0, : len(prompt) + NEW] = [*prompt, *continuation.tokens]
+        expected = log_softmax(uncached.logits(row)[0])[len(prompt) - 1 : len(prompt) + NEW - 1]
+        assert continuation.logprobs is not None
+        assert [one.token for one in continuation.logprobs] == continuation.tokens
+        chosen = [one.logprob for one in continuation.logprobs]
+        np.testing.assert_allclose(chosen, expected[np.arange(NEW), continuation.tokens], atol=1e-4)
+        best = np.argsort(-expected, axis=-1)[:, :3]
+        assert [[token for token, _ in one.best] for one in continuation.logprobs] == best.tolist()
+        logprobs = [[logprob for _, logprob in one.best] for one in continuation.logprobs]
+        np.testing.assert_allclose(logprobs, np.take_along_axis(expected, best, -1), atol=1e-4)
+    assert found == generate(PROMPTS, temperature=2.0, top_k=40, logprobs=3)
+    assert generate(PROMPTS)[0].logprobs is None
+
+
+def test_a_stop_string_ends_its_row_alone(one_device, monkeypatch):
+    monkeypatch.setattr(decode, "STEPS_PER_LOOK", 3)
+    generate, _, _ = one_device
+    plain = generate(PROMPTS)
+    stop = plain[0].text[3:5]  # of two tokens, in two looks
+    assert all(stop not in one.text for one in plain[1:])
+    first, *others = generate(PROMPTS, stop=(stop, "never"))
+    assert first.text == plain[0].text[: plain[0].text.index(stop)]
+    assert first.finish_reason == "stop"
+    assert first.tokens == plain[0].tokens[: len(first.text) + 2]
+    assert others == plain[1:]
+
+
+def test_streamed_pieces_are_the_text(one_device):
+    _, generator, params = one_device
+    pieces: dict[tuple[int, int], list[str]] = {}
+
+    def on_text(prompt: int, sample: int, piece: str) -> None:
+        pieces.setdefault((prompt, sample), []).append(piece)
+
+    options = options_of(temperature=1.0, num_samples=2)
+    found = generator.generate(params, PROMPTS, options, on_text)
+    assert found == generator.generate(params, PROMPTS, options)
+    assert {at: "".join(parts) for at, parts in pieces.items()} == {
+        (prompt, sample): one.text for prompt, samples in enumerate(found) for sample, one in enumerate(samples)
+    }
+    assert max(map(len, pieces.values())) > 1
 
 
 def test_fewer_tokens_are_the_beginning_of_more(one_device):
@@ -96,7 +180,8 @@ def test_a_text_ends_where_the_model_ends_it(one_device, seed):
     tokenizer.eos_id = ending
     generate, _, _ = generator_on((1, 1, 1), np.random.default_rng(seed), tokenizer)
     first, second, _ = generate(PROMPTS)
-    assert first.finished
+    assert first.finish_reason == "eos"
+    assert first.text == Letters().decode(first.tokens)
     assert first.tokens == endless[0].tokens[: endless[0].tokens.index(ending)]
     assert second == endless[1]
 
@@ -104,32 +189,32 @@ def test_a_text_ends_where_the_model_ends_it(one_device, seed):
 def test_texts_are_continued_without_the_prompt(one_device):
     generate, generator, params = one_device
     assert generator.encode("cd") == PROMPTS[0]
-    texts = generator.generate_texts(params, ["cd", ""], max_tokens=NEW, temperature=0.0, seed=0)
-    tokens = generate([PROMPTS[0], PROMPTS[2]])
-    assert texts == [Letters().decode(continuation.tokens) for continuation in tokens]
+    texts = generator.generate_texts(params, ["cd", "efghij", ""], options_of())
+    assert texts == [Letters().decode(continuation.tokens) for continuation in generate(PROMPTS)]
     assert all(texts)
 
 
 @pytest.mark.fast
 def test_what_cannot_be_continued_is_refused(rng):
-    blueprint = tiny.blueprint_of(CONFIG, tiny.mesh_of(1, 1, 1))
+    blueprint = tiny.blueprint_of(MODEL, tiny.mesh_of(1, 1, 1))
     generator = Generator(blueprint, tiny.FLOAT32, Letters())
 
     def refused(message, prompt=PROMPTS[1], **options):
         with pytest.raises(InputError, match=message):
-            generator.generate(None, [prompt], **({"max_tokens": 9, "temperature": 0.0, "seed": 0} | options))
+            generator.generate(None, [prompt], options_of(**options))
 
     refused(r"7 tokens and 26 new ones make 33, but model.max_length is 32.*at most 25 new", max_tokens=26)
-    refused("number of new tokens is 0", max_tokens=0)
-    refused("temperature is -0.1", temperature=-0.1)
-    refused("temperature is nan", temperature=float("nan"))
-    assert generator.generate(None, [], max_tokens=9, temperature=0.0, seed=0) == []
+    refused("top_k is 91, but the vocabulary has 90 tokens", temperature=1.0, top_k=91)
+    with pytest.raises(InputError, match="9 tokens and 24 new ones"):  # before the first batch
+        generator.generate_batches(None, [[1], [1] * 9], options_of(max_tokens=24), 1)
+    assert generator.generate(None, [], options_of()) == []
     beginningless = Letters()
     beginningless.bos_id = None
     with pytest.raises(InputError, match="a prompt is empty"):
         Generator(blueprint, tiny.FLOAT32, beginningless).encode("")
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers(rng):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -156,7 +241,7 @@ def test_greedy_equals_transformers(rng):
     tensors = as_transformers(config, arrays)
     model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()})
     generator = Generator(blueprint, tiny.FLOAT32, Endless())
-    found = generator.generate(params, PROMPTS, max_tokens=NEW, temperature=0.0, seed=0)
+    found = [samples[0] for samples in generator.generate(params, PROMPTS, options_of())]
     for prompt, continuation in zip(PROMPTS, found, strict=True):
         theirs = model.generate(
             torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from lmjax.generate.model import place, place_rows
-from lmjax.generate.sampling import row_keys, sample
+from lmjax.generate.options import Options
+from lmjax.generate.sampling import Sampling, row_keys, sample, truncated
 from lmjax.sharding import replicated
 from tests import tiny
 from tests.generate.case import log_softmax
@@ -63,3 +64,70 @@ def test_the_key_of_a_prompt_does_not_depend_on_what_is_beside_it():
     np.testing.assert_array_equal(keys[1], alone)
     distinct = [*keys.tolist(), row_keys(4, [[1, 2]])[0].tolist()]
     assert len({tuple(key) for key in distinct}) == len(distinct)
+
+
+class Truncated:
+    """``truncated`` on a mesh, compiled once for all options."""
+
+    def __init__(self):
+        self._mesh = tiny.mesh_of(2, 2, 2)
+        self._run = jax.jit(truncated)
+
+    def __call__(self, logits: np.ndarray, **options) -> np.ndarray:
+        numbers = Sampling.of(Options(**options), logits.shape[1])
+        with jax.set_mesh(self._mesh):
+            sampling = jax.tree.map(lambda number: place(number, replicated(self._mesh)), numbers)
+            return np.asarray(self._run(place_rows(logits, self._mesh), sampling))
+
+
+@pytest.fixture(scope="module")
+def cut() -> Truncated:
+    return Truncated()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 1},
+        {"top_k": 7, "temperature": 0.3},
+        {"top_p": 0.9},
+        {"top_p": 0.01},
+        {"top_p": 0.6, "temperature": 2.5},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
+        {"top_k": 12, "top_p": 0.7, "temperature": 1.7},
+        {"top_k": 20, "top_p": 0.95, "min_p": 0.1, "temperature": 1.3},
+    ],
+)
+def test_the_tokens_that_stay_are_those_of_transformers(cut, rng, options):
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers").generation.logits_process
+    temperature = options.get("temperature", 1.0)
+    logits = (3 * rng.normal(size=(64, 50))).astype(np.float32)
+    warpers = [process.TemperatureLogitsWarper(temperature)]
+    warpers += [process.TopKLogitsWarper(options["top_k"])] if "top_k" in options else []
+    warpers += [process.TopPLogitsWarper(options["top_p"])] if "top_p" in options else []
+    warpers += [process.MinPLogitsWarper(options["min_p"])] if "min_p" in options else []
+    theirs = torch.from_numpy(logits)
+    for warper in warpers:
+        theirs = warper(None, theirs)
+    expected = torch.isfinite(theirs).numpy()
+    found = cut(logits, **{"temperature": 1.0} | options)
+    np.testing.assert_array_equal(np.isfinite(found), expected)
+    np.testing.assert_array_equal(found[expected], logits[expected])
+    assert expected.sum() < expected.size
+
+
+@pytest.mark.fast
+def test_options_that_are_off_leave_every_token(cut, rng):
+    logits = (30 * rng.normal(size=(8, 50))).astype(np.float32)
+    logits[:, 3] = -np.inf
+    np.testing.assert_array_equal(cut(logits, temperature=0.1, top_k=50, top_p=1.0), logits)
+
+
+@pytest.mark.fast
+def test_tokens_as_probable_as_the_last_that_stays_stay_too(cut):
+    logits = np.tile(np.array([2.0, 1.0, 1.0, 0.0, -1.0], np.float32), (8, 1))
+    for options in ({"top_k": 2}, {"top_p": 0.7}, {"min_p": 0.36}):
+        kept = np.isfinite(cut(logits, temperature=1.0, **options))
+        np.testing.assert_array_equal(kept, np.tile([True, True, True, False, False], (8, 1)))

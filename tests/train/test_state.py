@@ -81,8 +81,12 @@ def test_moments_are_sharded_as_their_parameters():
 
 @pytest.mark.fast
 def test_matrices_are_decayed_and_norms_are_not():
-    for path, decayed in jax.tree.leaves_with_path(decay_mask(CONFIG)):
+    config = tiny.with_changes(CONFIG, qkv_bias=True, mlp_bias=True, qk_norm="full", attention_sinks=True)
+    names = set()
+    for path, decayed in jax.tree.leaves_with_path(decay_mask(config)):
+        names.add(path[-1].key)
         assert decayed == (path[-1].key in ("kernel", "table")), jax.tree_util.keystr(path)
+    assert names == {"kernel", "table", "bias", "scale", "sinks"}
 
 
 @pytest.mark.fast
