@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 from benchmarks import torch_decoder
 from lmjax.mesh import BATCH_AXES, single_device_mesh
-from lmjax.nn.norm import RMSNorm
-from lmjax.nn.position import rotate
+from lmjax.nn.norm import Norm
+from lmjax.nn.position import Rope
 from lmjax.ops.attention import attention
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.cross_entropy import LossOptions, linear_cross_entropy
@@ -63,7 +63,8 @@ def parts(rng: np.random.Generator) -> list[Part]:
     weights, segment_ids = (
         jax.device_put(np.ones((ROWS, LENGTH), dtype), batch_sharding(mesh)) for dtype in (np.float32, np.int32)
     )
-    norm = RMSNorm(D, MODEL.norm_epsilon)
+    norm = Norm("rms", (D,), MODEL.norm_epsilon)
+    rope = Rope(width=H, theta=10_000.0)
     options = LossOptions(chunk_tokens=CHUNK_TOKENS)
     angles = torch.from_numpy(positions[:, None, :, None] * 10_000.0 ** -(np.arange(0, H, 2) / H)).float()
     rotation = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
@@ -87,7 +88,7 @@ def parts(rng: np.random.Generator) -> list[Part]:
             "rotary position",
             2 * layers,
             (heads,),
-            lambda x: rotate(x, jnp.asarray(positions), 10_000.0),
+            lambda x: rope.rotate(x, rope.rotation(jnp.asarray(positions))),
             torch.compile(lambda x: torch_decoder.rotate(x.transpose(1, 2), *rotation)),
         ),
         Part("silu(gate) * up", layers, (wide, wide + 1), lambda g, u: jax.nn.silu(g) * u, torch.compile(_gated)),

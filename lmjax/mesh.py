@@ -1,12 +1,13 @@
-"""The device mesh: named axes, their sizes, and the start of several processes."""
+"""The device mesh: named axes, their sizes, inside slices (ICI) and across them (DCN)."""
 
+import collections
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from lmjax.errors import InputError
@@ -18,13 +19,17 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes over which the sequences of a batch are split."""
 
-SHUTDOWN_SECONDS = 60
-"""How long a process that ends waits for the others: one that failed alone must not hold up its launcher for long."""
+TWO_DIMENSIONAL = ("TPU v5 lite", "TPU v5e")
+"""Kinds whose mesh of chips has two dimensions, so that three axes have to share them (as in ``jax.make_mesh``)."""
 
 
 @config_class
 class MeshConfig:
-    """How many devices each axis has. One entry may be -1: whatever the others leave."""
+    """How many devices each axis has. One of data, fsdp and tensor may be -1: whatever the others leave.
+
+    On several slices of TPUs, dcn_data x dcn_fsdp is the number of slices; the rest of each axis lies inside a slice.
+    On several hosts with GPUs it is 1, and axes go over the devices in order, or the number of hosts.
+    """
 
     data: int = 1
     """Replicas of the parameters, each with its own share of the batch."""
@@ -32,9 +37,21 @@ class MeshConfig:
     """Devices over which parameters, gradients and moments are split; the batch is split over them too."""
     tensor: int = 1
     """Devices over which heads, MLP and vocabulary are split."""
+    dcn_data: int = 1
+    """Into how many parts the slow network between slices (or hosts) cuts ``data``; data is a multiple of it."""
+    dcn_fsdp: int = 1
+    """Into how many parts it cuts ``fsdp``: parameters are then gathered over it, which wants a fast one."""
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, parts in _crossing(self).items():
+            if parts < 1:
+                raise ValueError(f"mesh.dcn_{axis} is {parts}; it has to be 1 or more")
+            if sizes[axis] > 0 and sizes[axis] % parts:
+                raise ValueError(
+                    f"mesh.dcn_{axis} is {parts}, which does not divide mesh.{axis} {sizes[axis]}: the size of an axis "
+                    "is that over all slices"
+                )
         for axis, size in sizes.items():
             if size != -1 and size < 1:
                 raise ValueError(f"mesh.{axis} is {size}; an axis has 1 device or more, or -1 for what is left")
@@ -53,21 +70,83 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
                 f"mesh: {product} = {known} does not divide the {num_devices} devices here, so the axis that is -1 has "
                 f"no size. Choose sizes whose product divides {num_devices}."
             )
-        return {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
-    if known != num_devices:
+        sizes = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
+    elif known != num_devices:
         raise InputError(
             f"mesh: {product} = {known} devices, but {num_devices} are here. "
             f"Choose sizes whose product is {num_devices}, or set one axis to -1."
         )
+    for axis, parts in _crossing(config).items():
+        if sizes[axis] % parts:
+            raise InputError(
+                f"mesh: {num_devices} devices / ({product}) leave {axis} {sizes[axis]}, which does not divide into "
+                f"dcn_{axis} {parts} parts: {sizes[axis]} mod {parts} = {sizes[axis] % parts}. Choose other sizes."
+            )
     return sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of ``devices`` (all of them by default) with explicit axes: shardings are part of array types."""
+    """A mesh of ``devices`` (all of them by default) with explicit axes: shardings are part of array types.
+
+    Across slices an axis is cut first by its dcn part, so that neighbours on it lie in one slice as far as they can.
+    Raises InputError where the sizes do not fit the devices, their slices or the links between them.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
-    shape = tuple(sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    across = [_crossing(config).get(axis, 1) for axis in AXES]
+    inside = [size // parts for size, parts in zip(sizes.values(), across, strict=True)]
+    granule = _granule(config, devices)
+    may_split = devices[0].device_kind in TWO_DIMENSIONAL
+    try:
+        if granule is None:
+            arranged = mesh_utils.create_device_mesh(
+                tuple(sizes.values()), devices, allow_split_physical_axes=may_split
+            )
+        else:
+            arranged = mesh_utils.create_hybrid_device_mesh(
+                inside,
+                across,
+                devices,
+                process_is_granule=granule == "process_index",
+                allow_split_physical_axes=may_split,
+            )
+    except NotImplementedError as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"mesh: {sizes} cannot be laid out on these {len(devices)} devices ({devices[0].device_kind}) so that "
+            f"every axis follows the links between chips ({reason}). Choose sizes that are products of those of the "
+            "mesh of chips."
+        ) from error
+    return Mesh(arranged, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _crossing(config: MeshConfig) -> dict[str, int]:
+    """The axes that may cross slices, and into how many parts that cuts each."""
+    return {"data": config.dcn_data, "fsdp": config.dcn_fsdp}
+
+
+def _granule(config: MeshConfig, devices: Sequence[Any]) -> str | None:
+    """The attribute that tells the slices or hosts apart between which the slow network lies; None for one of them.
+
+    TPUs know their slice. The slice of a GPU is its host or what NVLink joins; where that is not asked for, the process
+    stands for the host.
+    """
+    parts = config.dcn_data * config.dcn_fsdp
+    slices = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    hosts = collections.Counter(device.process_index for device in devices)
+    is_tpu = devices[0].platform == "tpu"
+    if parts == 1 and (len(slices) == 1 or not is_tpu):
+        return None
+    counts, granule = (slices, "slice_index") if is_tpu or len(slices) == parts else (hosts, "process_index")
+    if len(counts) != parts:
+        name = ("slice" if is_tpu else "host") + "s" * (len(counts) > 1)
+        raise InputError(
+            f"mesh: dcn_data {config.dcn_data} x dcn_fsdp {config.dcn_fsdp} = {parts}, but the {len(devices)} devices "
+            f"here form {len(counts)} {name}. Set mesh.dcn_data={len(counts)}, or other factors of {len(counts)}."
+        )
+    if len(set(counts.values())) > 1:
+        raise InputError(f"mesh: slices of unequal size cannot form a mesh: {dict(sorted(counts.items()))} devices")
+    return granule
 
 
 def single_device_mesh(device: Any | None = None) -> Mesh:
@@ -79,31 +158,3 @@ def single_device_mesh(device: Any | None = None) -> Mesh:
 def batch_shards(sizes: Mapping[str, int]) -> int:
     """Into how many parts the sequences of a batch are split."""
     return math.prod(sizes[axis] for axis in BATCH_AXES)
-
-
-def start_distributed() -> None:
-    """Join the other processes of this run, where the environment names a coordinator.
-
-    Read are ``JAX_COORDINATOR_ADDRESS`` (host:port), ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``, as
-    ``launch/local.sh`` sets them. Without the first this is a run of one process.
-    """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is None or jax.distributed.is_initialized():
-        return
-    numbers = {}
-    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-        value = os.environ.get(name, "")
-        if not value.isdecimal():
-            raise InputError(
-                f"{name} is {value!r} while JAX_COORDINATOR_ADDRESS is {address!r}. "
-                "Set it to a number: all processes count from 0, and JAX_NUM_PROCESSES is how many there are."
-            )
-        numbers[name] = int(value)
-    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        address,
-        numbers["JAX_NUM_PROCESSES"],
-        numbers["JAX_PROCESS_ID"],
-        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-    )

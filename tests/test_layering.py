@@ -10,7 +10,7 @@ MAX_LINES = 400
 
 LAYERS = [
     {"compat"},
-    {"mesh", "precision"},
+    {"mesh", "precision", "startup"},
     {"sharding"},
     {"ops"},
     {"nn"},
@@ -23,7 +23,7 @@ LAYERS = [
 ]
 """From the bottom up; parts of one layer do not import each other."""
 
-FOR_ALL = {"errors", "schema"}
+FOR_ALL = {"errors", "schema", "paths"}
 """What everything may import, and what imports nothing but each other."""
 
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

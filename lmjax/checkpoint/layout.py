@@ -6,10 +6,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lmjax.paths import as_path
+
 
 def absolute(directory: epath.PathLike) -> epath.Path:
     """The path as Orbax wants it: on a local disk from the root, in an object store as it is."""
-    path = epath.Path(directory)
+    path = as_path(directory)
     return path if path.is_absolute() else path.absolute()
 
 
@@ -47,7 +49,6 @@ def multiprocessing_options() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(active_processes=processes if len(processes) > 1 else None)
 
 
-def handler() -> ocp.CompositeCheckpointHandler:
+def handler(options: ocp.options.MultiprocessingOptions) -> ocp.CompositeCheckpointHandler:
     """What reads and writes the parts of a state."""
-    options = ocp.CompositeOptions(multiprocessing_options=multiprocessing_options())
-    return ocp.CompositeCheckpointHandler(composite_options=options)
+    return ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=options))

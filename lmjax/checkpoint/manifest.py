@@ -18,9 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from etils import epath
 
 from lmjax.errors import InputError
+from lmjax.paths import as_path, is_remote, reaching, store_errors, write_object
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+UPLOADING = ".uploading"
+"""In a step's directory in an object store: an upload has begun. Without a manifest beside it, it did not end."""
 CHUNK_BYTES = 1 << 22
 HASH_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
@@ -78,15 +81,23 @@ class Verdict:
 
 
 def list_steps(directory: epath.PathLike) -> list[int]:
-    """The steps that were committed in ``directory``, ascending; good or not, finished or not."""
-    directory = epath.Path(directory)
+    """The steps that were committed in ``directory``, ascending; good or not. Uploads that did not end are left out."""
+    directory = as_path(directory)
     try:
-        names = [path.name for path in directory.iterdir()] if directory.exists() else []
+        with reaching(directory):
+            paths = [path for path in directory.iterdir() if path.name.isdecimal()] if directory.exists() else []
+            if is_remote(directory):
+                paths = [path for path in paths if not is_unfinished(path)]
     except OSError as error:
         raise InputError(
             f"{directory}: cannot list the checkpoints: {error}. Give a directory of checkpoints."
         ) from error
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(path.name) for path in paths)
+
+
+def is_unfinished(step_directory: epath.Path) -> bool:
+    """Whether an upload of this step began and did not end."""
+    return (step_directory / UPLOADING).exists() and not (step_directory / MANIFEST).exists()
 
 
 def describe_files(step_directory: epath.Path) -> dict[str, FileEntry]:
@@ -97,9 +108,12 @@ def describe_files(step_directory: epath.Path) -> dict[str, FileEntry]:
 
 
 def write_manifest(step_directory: epath.Path, manifest: Manifest) -> None:
-    """Write the manifest in one atomic move. It holds a hash of itself."""
+    """Write the manifest in one atomic move, or as one object. It holds a hash of itself."""
     content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
     text = json.dumps({"sha256": _content_hash(content), **content}, indent=1)
+    if is_remote(step_directory):
+        write_object(step_directory / MANIFEST, text.encode())
+        return
     temporary = step_directory / f".{MANIFEST}"
     temporary.write_text(text)
     temporary.replace(step_directory / MANIFEST)
@@ -110,13 +124,13 @@ def read_manifest(directory: epath.PathLike, step: int) -> Manifest:
 
     Raises InputError where it is missing (the save was cut short), damaged, or of a newer format.
     """
-    path = epath.Path(directory) / str(step) / MANIFEST
+    path = as_path(directory) / str(step) / MANIFEST
     try:
         content = json.loads(path.read_bytes())
         recorded = content.pop("sha256")
     except FileNotFoundError:
         raise InputError(f"{path.parent}: no {MANIFEST}: the save was stopped before it was finished") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (*store_errors(), ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: not readable: {error}") from error
     if recorded != _content_hash(content):
         raise InputError(f"{path}: damaged: its own SHA-256 does not match")
@@ -148,7 +162,7 @@ def unexpected_files(step_directory: epath.Path, files: Mapping[str, FileEntry])
 
 def verify(directory: epath.PathLike, step: int) -> Verdict:
     """Compare every file of ``step`` with its manifest. What is wrong is returned, not raised."""
-    step_directory = epath.Path(directory) / str(step)
+    step_directory = as_path(directory) / str(step)
     try:
         manifest = read_manifest(directory, step)
     except InputError as error:
@@ -186,7 +200,7 @@ def _check(path: epath.Path, name: str, expected: FileEntry) -> str | None:
         found = _describe(path)
     except FileNotFoundError:
         return f"{name}: missing"
-    except OSError as error:
+    except store_errors() as error:
         return f"{name}: not readable: {error}"
     if found.size != expected.size:
         return f"{name}: {found.size} bytes where {expected.size} were written"

@@ -8,6 +8,7 @@ round trips to process 0 (under a millisecond on one machine).
 import contextlib
 import itertools
 import json
+import platform
 import typing
 from collections.abc import Iterator
 
@@ -33,7 +34,7 @@ def share(value: typing.Any) -> typing.Any:
 
 @contextlib.contextmanager
 def refused_by_all(advice: str) -> Iterator[None]:
-    """Run the block, which process 0 alone may do something in, and raise its InputError on every process.
+    """Run the block, and raise the InputError of the first process that has one on every process.
 
     Without this the others would wait for a process that has given up. An error of the operating system becomes an
     InputError that ends with ``advice``.
@@ -45,8 +46,14 @@ def refused_by_all(advice: str) -> Iterator[None]:
         failure = str(error)
     except OSError as error:
         failure = f"{error.filename or 'the disk'}: {error.strerror}; {advice}"
-    if failure := share(failure):
-        raise InputError(failure)
+    if failures := [found for found in gather(failure) if found]:
+        raise InputError(failures[0])
+
+
+def first_on_machine() -> bool:
+    """Whether this process is the one with the lowest number on its machine: what is done once a disk is its to do."""
+    machines = gather(platform.node())
+    return machines.index(machines[jax.process_index()]) == jax.process_index()
 
 
 def gather(value: typing.Any) -> list[typing.Any]:

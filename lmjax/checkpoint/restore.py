@@ -1,5 +1,6 @@
 """Restoring: verify every file first, then read onto the mesh at hand; fall back to the newest good step, loudly."""
 
+import contextlib
 import dataclasses
 import logging
 import typing
@@ -8,10 +9,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lmjax.checkpoint import processes
+from lmjax.checkpoint import processes, store
 from lmjax.checkpoint.layout import absolute, flatten, handler, multiprocessing_options, split_parts
 from lmjax.checkpoint.manifest import LeafEntry, Manifest, check_files, list_steps, read_manifest, unexpected_files
 from lmjax.errors import InputError
+from lmjax.paths import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ def restore(
 
     ``target`` is a pytree of ``jax.ShapeDtypeStruct`` with shardings. With ``part`` (a top-level key such as
     ``params``), it is that part of the state alone, and only its files are verified and read. With ``step`` no other
-    step is tried. Collective: every process calls it, each verifies its share of the files, and all take the same step.
+    step is tried. Collective: every process calls it, each verifies its share of the files (those of a store are all
+    fetched, through the cache of its machine), and all take the same step.
 
     Returns None where there is no checkpoint: no directory, or no committed step in it. Raises InputError where there
     are steps and none is good, and where the arrays are not those of ``target``: neither is ever taken for a start.
@@ -63,6 +66,8 @@ def restore(
         more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
         skipped.append(Skipped(candidate, "; ".join(problems[:SHOWN]) + more))
         log.warning("checkpoint %d in %s is not good and is skipped: %s", candidate, directory, skipped[-1].why)
+        if manifest is not None and is_remote(directory):
+            store.drop_files(manifest.files, _names(manifest, part))
     else:
         if not steps:
             return None
@@ -74,7 +79,7 @@ def restore(
     _compare(directory / str(candidate), manifest, expected, part)
     if skipped:
         log.warning("restoring the older checkpoint %d from %s", candidate, directory)
-    state = jax.tree.unflatten(jax.tree.structure(target), _read(directory / str(candidate), expected))
+    state = jax.tree.unflatten(jax.tree.structure(target), _read(directory / str(candidate), manifest, expected, part))
     return Restored(step=candidate, state=state, metadata=manifest.metadata, skipped=tuple(skipped))
 
 
@@ -94,12 +99,20 @@ def _verify_together(directory: epath.Path, step: int, part: str | None) -> tupl
     except InputError as error:
         problems = [str(error)]
     else:
-        names = manifest.files if part is None else manifest.of_part(part)
-        problems = check_files(directory / str(step), manifest.files, sorted(names)[process::count])
+        names = _names(manifest, part)
+        if is_remote(directory):
+            problems = store.fetch_files(directory / str(step), manifest.files, names)
+        else:
+            problems = check_files(directory / str(step), manifest.files, names[process::count])
         if process == 0 and part is None:
             problems += unexpected_files(directory / str(step), manifest.files)
     everyone = sorted({line for lines in processes.gather(problems) for line in lines})
     return manifest, everyone
+
+
+def _names(manifest: Manifest, part: str | None) -> list[str]:
+    """The files that hold what is asked for."""
+    return sorted(manifest.files if part is None else manifest.of_part(part))
 
 
 def _compare(
@@ -127,7 +140,9 @@ def _describe(leaf: LeafEntry | None) -> str:
     return "none" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _read(step_directory: epath.Path, expected: dict[str, jax.ShapeDtypeStruct]) -> list[jax.Array]:
+def _read(
+    step_directory: epath.Path, manifest: Manifest, expected: dict[str, jax.ShapeDtypeStruct], part: str | None
+) -> list[jax.Array]:
     items = {
         part: ocp.args.PyTreeRestore(
             item=of_part,
@@ -138,7 +153,11 @@ def _read(step_directory: epath.Path, expected: dict[str, jax.ShapeDtypeStruct])
         )
         for part, of_part in split_parts(expected).items()
     }
-    options = multiprocessing_options()
-    with ocp.Checkpointer(handler(), multiprocessing_options=options) as checkpointer:
+    with contextlib.ExitStack() as stack:
+        options = multiprocessing_options()
+        if is_remote(step_directory):
+            options = store.multiprocessing_options()
+            step_directory = stack.enter_context(store.fetched(manifest.files, _names(manifest, part)))
+        checkpointer = stack.enter_context(ocp.Checkpointer(handler(options), multiprocessing_options=options))
         read = checkpointer.restore(step_directory, args=ocp.args.Composite(**items))
     return [read[name.split("/")[0]][name] for name in expected]

@@ -72,16 +72,16 @@ def verify(
 
 def _find(directory: str) -> tuple[str, list[int]]:
     """The directory of checkpoints that ``directory`` is or has, and its steps."""
-    from etils import epath
-
     from lmjax.checkpoint.manifest import list_steps
     from lmjax.errors import InputError
+    from lmjax.paths import as_path, reaching
 
-    inner = epath.Path(directory) / "checkpoints"
-    checkpoints = str(inner) if inner.exists() else directory
+    path = as_path(directory)
+    with reaching(path):
+        checkpoints = str(path / "checkpoints") if (path / "checkpoints").exists() else directory
     steps = list_steps(checkpoints)
     if not steps:
-        what = "no checkpoints in it" if epath.Path(directory).exists() else "no such directory"
+        what = "no checkpoints in it" if path.exists() else "no such directory"
         raise InputError(
             f"{directory}: {what}. Give a run directory, such as runs/quickstart, that has saved a checkpoint."
         )

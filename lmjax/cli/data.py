@@ -19,16 +19,22 @@ if TYPE_CHECKING:
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Clean, split, tokenize and pack the sources of a config into its dataset directory.
 
-    Killed half-way, the same command goes on; run again on a finished dataset, it says so.
+    Killed half-way, the same command goes on; run again on a finished dataset, it says so. A dataset in an object store
+    is made on this machine and copied there when it is whole.
 
     Example: lmjax data prepare configs/quickstart.yaml data.path=data/mine
     """
     from lmjax.config import load
     from lmjax.data.prepare import prepare as prepare_dataset
+    from lmjax.data.remote import publish_dataset
+    from lmjax.paths import is_remote, working_directory
 
     run = load(config, overrides or [])
+    directory = str(working_directory(run.data.path))
     with _progress() as report:
-        prepare_dataset(run.data, run.tokenizer, progress=report)
+        prepare_dataset(dataclasses.replace(run.data, path=directory), run.tokenizer, progress=report)
+    if is_remote(run.data.path):
+        publish_dataset(directory, run.data.path)
 
 
 @contextlib.contextmanager
@@ -71,24 +77,27 @@ def inspect(
     samples: Annotated[int, typer.Option(min=0, help="Rows of the training split to print as text.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Show a dataset's documents, lengths, packing and a few rows as text.
+    """Show a dataset's documents, lengths, what best-fit and concat packing cost (by source too), and rows as text.
 
     Example: lmjax data inspect data/quickstart --sequence-length 512
     """
     from lmjax.data.index import read_index
     from lmjax.data.inspect import QUANTILES, inspect_dataset
     from lmjax.data.plans import stored_plans
+    from lmjax.data.remote import local_dataset
     from lmjax.errors import InputError
+    from lmjax.paths import is_remote
 
-    if Path(source).is_dir():
+    if is_remote(source) or Path(source).is_dir():
         if overrides:
             raise InputError(f"{overrides[0]}: overrides apply to a config, and {source} is a dataset directory")
-        directory, plans = source, stored_plans(source)
+        directory = local_dataset(source)
+        plans = stored_plans(directory)
     else:
         from lmjax.config import load
 
         data = load(source, overrides or []).data
-        directory, plans = data.path, [(data.sequence_length, data.packing)]
+        directory, plans = local_dataset(data.path), [(data.sequence_length, data.packing)]
     index = read_index(directory)
     if not plans and sequence_length is None:
         raise InputError(f"{directory}: no pack plans here that would tell a row's length; give --sequence-length")
@@ -125,13 +134,17 @@ def inspect(
         print(f"  {entry.name}: {entry.reason}")
     print_table(
         "Documents, tokens each",
-        ["split", "shards", "documents", "tokens", *(f"{part:.0%}" for part in QUANTILES)],
-        [[*split[:4], *split.tokens_per_document.values()] for split in found.splits if split.documents],
+        ["split", "source", "shards", "documents", "tokens", *(f"{part:.0%}" for part in QUANTILES)],
+        [
+            [split.split, split.source or "all", *split[2:5], *split.tokens_per_document.values()]
+            for split in found.splits
+            if split.documents
+        ],
     )
     print_table(
         "Packing",
-        ["split", "tokens a row", "packing", "rows", "padding", "of all", "documents cut", "targets lost"],
-        [[*row[:5], f"{row.padding_fraction:.3%}", *row[6:]] for row in found.packing],
+        ["split", "source", "tokens a row", "packing", "rows", "padding", "of all", "documents cut", "targets lost"],
+        [[row.split, row.source or "all", *row[2:6], f"{row.padding_fraction:.3%}", *row[7:]] for row in found.packing],
     )
     for number, row in enumerate(found.samples, start=1):
         print(f"\nSample row {number} ({packing}), {sum(piece.length for piece in row)} tokens:")

@@ -1,14 +1,9 @@
 """``lmjax info``: what this machine runs lmjax with."""
 
-import collections
-import importlib.metadata
-import platform
 from typing import Any
 
 from lmjax.cli.arguments import AsJson
 from lmjax.cli.table import print_json, print_table
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
 
 
 def info(as_json: AsJson = False) -> None:
@@ -16,6 +11,8 @@ def info(as_json: AsJson = False) -> None:
 
     Example: lmjax info --json
     """
+    from lmjax.train.provenance import devices, versions
+
     found = {"versions": versions(), "devices": devices(), "kernels": kernels()}
     if as_json:
         print_json(found)
@@ -26,27 +23,6 @@ def info(as_json: AsJson = False) -> None:
         (row["kernel"], *map(", ".join, (row["hardware"], row["features"])), row["summary"]) for row in found["kernels"]
     ]
     print_table("Attention kernels", ("kernel", "hardware", "features", "what it is"), rows)
-
-
-def versions() -> dict[str, str | None]:
-    """The version of lmjax, of Python and of what decides numbers; None for what is not installed."""
-    from lmjax import __version__
-
-    found: dict[str, str | None] = {"lmjax": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def devices() -> list[dict[str, Any]]:
-    """How many devices of each kind JAX sees, over all processes."""
-    import jax
-
-    counts = collections.Counter((device.platform, device.device_kind) for device in jax.devices())
-    return [{"platform": where, "kind": kind, "count": count} for (where, kind), count in sorted(counts.items())]
 
 
 def kernels() -> list[dict[str, Any]]:

@@ -43,7 +43,10 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
         "Turn text into token shards, and look at them.",
         {"prepare": data.prepare, "inspect": data.inspect},
     ),
-    "tokenizer": ("Train a tokenizer.", {"train": tokenizer.train}),
+    "tokenizer": (
+        "Train a tokenizer, and see how many tokens a text takes.",
+        {"train": tokenizer.train, "report": tokenizer.report},
+    ),
     "checkpoint": (
         "List and verify the checkpoints of a run.",
         {"list": checkpoint.list_, "verify": checkpoint.verify},

@@ -48,9 +48,11 @@ def open_model(model: str, overrides: Sequence[str], effective: Sequence[str]) -
     from lmjax.checkpoint.restore import restore
     from lmjax.config import load
     from lmjax.data.index import fingerprint, read_index
+    from lmjax.data.remote import local_dataset
     from lmjax.data.tokenizer import load_tokenizer
-    from lmjax.mesh import make_mesh, start_distributed
+    from lmjax.mesh import make_mesh
     from lmjax.models.decoder import Execution
+    from lmjax.startup import start_distributed
     from lmjax.train.state import make_blueprint
 
     for override in overrides:
@@ -59,8 +61,8 @@ def open_model(model: str, overrides: Sequence[str], effective: Sequence[str]) -
             raise InputError(f"override {override}: has no effect here; these have: {', '.join(effective)}")
     run, step = _find(model)
     config = load(str(run / "config.yaml"), [*WHOLE_MACHINE, *overrides])
-    index = read_index(config.data.path)
-    tokenizer = load_tokenizer(config.data.path)
+    dataset = local_dataset(config.data.path, shards=False)
+    index, tokenizer = read_index(dataset), load_tokenizer(dataset)
     start_distributed()
     mesh = make_mesh(config.mesh)
     blueprint = make_blueprint(config.model, config.optimizer, config.train.steps, mesh)
@@ -90,15 +92,16 @@ def open_model(model: str, overrides: Sequence[str], effective: Sequence[str]) -
 
 def _find(model: str) -> tuple[Any, int | None]:
     """The run directory (an epath.Path) that ``model`` is or lies in, and the step that it names."""
-    from etils import epath
+    from lmjax.paths import as_path, reaching
 
-    path = epath.Path(model)
-    if (path / "config.yaml").exists():
-        return path, None
+    path = as_path(model)
     run = path.parent.parent
-    if path.name.isdecimal() and path.parent.name == "checkpoints" and (run / "config.yaml").exists():
-        return run, int(path.name)
-    what = "not a model" if path.exists() else "no such directory"
+    with reaching(path):
+        if (path / "config.yaml").exists():
+            return path, None
+        if path.name.isdecimal() and path.parent.name == "checkpoints" and (run / "config.yaml").exists():
+            return run, int(path.name)
+        what = "not a model" if path.exists() else "no such directory"
     raise InputError(
         f"{model}: {what}. Give a run directory (with config.yaml), as runs/quickstart, or one of its checkpoints, as "
         "runs/quickstart/checkpoints/500"

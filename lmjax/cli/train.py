@@ -26,8 +26,8 @@ def train(
     from lmjax.cli.run_directory import opened_run, to_job
     from lmjax.config import load
     from lmjax.errors import InputError
-    from lmjax.mesh import start_distributed
-    from lmjax.train.job import make_program
+    from lmjax.startup import start_distributed
+    from lmjax.train.job import check_same_run, make_program
     from lmjax.train.loop import run
 
     if as_json and not dry_run:
@@ -40,16 +40,20 @@ def train(
     if dry_run:
         print_state(make_program(job).blueprint, as_json)
         return
+    push = None
     with contextlib.ExitStack() as stack:
         with refused_by_all("choose a run_dir that can be written to"):
             if jax.process_index() == 0:
-                make_program(job)  # a mesh or a batch that cannot be is refused before anything is written
-                stack.enter_context(opened_run(loaded))
-        run(job)
+                make_program(job)  # a mesh, a batch or a dataset that cannot be is refused before anything is written
+                check_same_run(job)
+                push = stack.enter_context(opened_run(loaded)).push
+        run(job, push)
         if jax.process_index() == 0:
             from lmjax.train.report import write_report  # Matplotlib is not worth waiting for before the first step
 
-            write_report(loaded.run_dir)
+            if push is not None:
+                push()  # it is read where the run is
+            write_report([loaded.run_dir])
 
 
 def print_state(blueprint, as_json: bool) -> None:

@@ -182,7 +182,8 @@ def _all_keys(declared: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str,
 
 
 def _tags(members: Sequence[Any]) -> list[str]:
-    return [str(tag) for member in members for tag in typing.get_args(typing.get_type_hints(member)["kind"])]
+    classes = [member for member in members if dataclasses.is_dataclass(member)]
+    return [str(tag) for member in classes for tag in typing.get_args(typing.get_type_hints(member)["kind"])]
 
 
 def _choices(member: Any) -> tuple[Any, ...]:

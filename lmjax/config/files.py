@@ -1,13 +1,14 @@
-"""From YAML files and ``key=value`` overrides to one plain tree, and which of them set what.
+"""From YAML and gin files and ``key=value`` overrides to one plain tree, and which of them set what.
 
 A file may name others to start from, ``base: file.yaml`` or a list of them, by paths that are relative to itself. Later
-ones win, the file itself wins over its bases, and overrides win over files. Mappings are merged key by key, but for two
+ones win, the file itself wins over its bases, and overrides win over files. A gin file's ``include 'file.gin'`` is the
+same, but for its place among the lines: what stands below it wins over it. Mappings are merged key by key, but for two
 cases: a mapping with another ``kind`` than the one it is merged over is another class and replaces it whole, and an
 override replaces what it names.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import yaml
@@ -15,7 +16,9 @@ from etils import epath
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lmjax.config import gin
 from lmjax.errors import InputError
+from lmjax.paths import as_path, reaching
 
 Path = tuple[str | int, ...]
 
@@ -29,6 +32,14 @@ class Layer(NamedTuple):
     """The values, without ``base``; those of an override lie at its key."""
     at: Path = ()
     """Where ``tree`` goes."""
+    lines: Mapping[Path, int] = {}
+    """Of a gin file: where each key is bound."""
+
+    def place(self, path: Path) -> str:
+        """The name, with the line that binds ``path`` or what holds it, where that is known."""
+        held = (path[:length] for length in range(len(path), 0, -1))
+        line = next((self.lines[key] for key in held if key in self.lines), None)
+        return self.name if line is None else f"{self.name}:{line}"
 
 
 class Composed(NamedTuple):
@@ -43,13 +54,18 @@ class Composed(NamedTuple):
             for layer in reversed(self.layers):
                 whole = length == len(path) or len(layer.at) <= length
                 if whole and _has(layer, path[:length]):
-                    return layer.name
+                    return layer.place(path[:length])
         raise AssertionError("the file itself is a layer, and holds everything")
 
 
-def compose(file: str, overrides: Sequence[str] = ()) -> Composed:
-    """Read ``file`` with its bases and apply ``overrides``. Raises InputError for all that is not about types."""
-    layers = _read(epath.Path(file), ())
+def compose(file: str, overrides: Sequence[str] = (), keys: Collection[str] = ()) -> Composed:
+    """Read ``file`` with its bases and apply ``overrides``. Raises InputError for all that is not about types.
+
+    ``keys`` are those at the top of a config, which a gin file binds as it does macros.
+    """
+    path = as_path(file)
+    with reaching(path):
+        layers = _without_macros(str(path), list(_read(path, (), "")), keys)
     tree: dict[str, Any] = {}
     for layer in layers:
         tree = _merge(tree, layer.tree)
@@ -75,24 +91,50 @@ def compose(file: str, overrides: Sequence[str] = ()) -> Composed:
     return Composed({str(key): value for key, value in plain.items()}, layers)
 
 
-def _read(file: epath.Path, above: tuple[str, ...]) -> list[Layer]:
-    """The layers of ``file``: those of its bases, then its own. ``above`` are the files that led here."""
+def _read(file: epath.Path, above: tuple[str, ...], place: str) -> Iterator[Layer | list[gin.Binding]]:
+    """The layers of ``file``, weakest first. ``above`` are the files that led here, by what stands at ``place``."""
     name = str(file)
     if name in above:
         chain = " -> ".join([*above[above.index(name) :], name])
-        raise InputError(f"{name}: base files form a circle: {chain}. Remove one `base:` of them")
+        raise InputError(f"{name}: base files form a circle: {chain}. Remove one `base:` or `include` of them")
     if not file.exists():
-        why = f"{above[-1]}: base: there is no file {name}" if above else f"there is no config file {name}"
-        raise InputError(f"{why}. A base is found relative to the file that names it" if above else why)
+        why = f"{place}: there is no file {name}" if above else f"there is no config file {name}"
+        raise InputError(f"{why}. It is found relative to the file that names it" if above else why)
     if file.is_dir():
         raise InputError(f"{name} is a directory; give the YAML file of an experiment")
+    if name.endswith(".gin"):
+        own: list[gin.Binding] = []
+        for statement in gin.parse(name, _text(name, file.read_bytes())):
+            if isinstance(statement, gin.Include):
+                yield own
+                own = []
+                yield from _read(_beside(file, statement.file), (*above, name), f"{statement.place}: include")
+            else:
+                own.append(statement)
+        yield own
+        return
     tree = _parse_yaml(name, file.read_bytes())
     bases = tree.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise InputError(f"{name}: base: found {bases!r}, allowed: the path of a YAML file or a list of such paths")
-    layers = [layer for base in bases for layer in _read(_beside(file, base), (*above, name))]
-    return [*layers, Layer(name, tree)]
+    for base in bases:
+        yield from _read(_beside(file, base), (*above, name), f"{name}: base")
+    yield Layer(name, tree)
+
+
+def _without_macros(file: str, read: Sequence[Layer | list[gin.Binding]], keys: Collection[str]) -> list[Layer]:
+    """Gin's bindings as layers, once all files are read: the last definition of a macro counts wherever it is used."""
+    bindings = [binding for part in read if isinstance(part, list) for binding in part]
+    gin.check_names([binding for binding in bindings if binding.file == file], bindings, keys)
+    layers = []
+    for part in read:
+        if isinstance(part, Layer):
+            layers.append(part)
+        elif found := gin.values(part, bindings, keys):
+            lines: dict[Path, int] = {tuple(binding.key.split(".")): binding.line for binding in found}
+            layers.append(Layer(found[0].file, gin.tree(found), lines=lines))
+    return layers
 
 
 def _beside(file: epath.Path, base: str) -> epath.Path:
@@ -101,11 +143,15 @@ def _beside(file: epath.Path, base: str) -> epath.Path:
     return path if "://" in str(path) else epath.Path(os.path.normpath(path))
 
 
-def _parse_yaml(name: str, content: bytes) -> dict[str, Any]:
+def _text(name: str, content: bytes) -> str:
     try:
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 text (byte {error.start}); a config is a YAML file") from None
+        raise InputError(f"{name}: not UTF-8 text (byte {error.start}); a config is a YAML or gin file") from None
+
+
+def _parse_yaml(name: str, content: bytes) -> dict[str, Any]:
+    text = _text(name, content)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from lmjax.errors import InputError
 
-MAY_CHANGE = ("mesh", "train.steps", "logging", "checkpoint", "evaluate")
+MAY_CHANGE = ("mesh", "train.steps", "logging", "checkpoint", "evaluate", "data.path", "data.num_workers")
+"""What changes no batch and no update. A dataset that was moved is known by its fingerprint."""
 
 
 class Difference(NamedTuple):

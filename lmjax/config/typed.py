@@ -1,5 +1,6 @@
 """Read a config file as a class, and write an object as a file that reads back to it."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ T = TypeVar("T")
 
 
 def load_as(cls: type[T], file: str, overrides: Sequence[str] = ()) -> T:
-    """The YAML ``file``, with its bases and ``overrides`` of the form ``key=value``, as an object of a config class.
+    """The YAML or gin ``file``, with its bases and ``overrides`` (``key=value``), as an object of a config class.
 
     Raises InputError with one line for each thing that is wrong: who set it, the full key, what was found, what is
     allowed, and the nearest known key.
     """
-    composed = compose(file, overrides)
+    composed = compose(file, overrides, [field.name for field in dataclasses.fields(cls)])  # pyright: ignore
     # From JSON, since pydantic's strict mode takes no dict for a dataclass but does take a JSON object for one.
     content = json.dumps(composed.tree, default=_unreadable)
     try:

@@ -1,13 +1,16 @@
 """Batches as a pure function of (dataset, seed, step): there is no iterator, hence no state to save or to lose."""
 
+import bisect
 import functools
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from lmjax.data.index import Index, fingerprint
+from lmjax.data.mixture import Mixture, Schedule, Stage
 from lmjax.data.plans import Plan
 from lmjax.data.shards import read_documents
 from lmjax.errors import InputError
@@ -31,20 +34,22 @@ class Batch(NamedTuple):
     """float32: 1 where there is a target, else 0."""
 
 
+_DTYPES = (np.int32, np.int32, np.int32, np.int32, np.float32)
+
+
 class RowReader:
     """Reads rows of a plan by number, each with one random access a piece."""
 
     def __init__(self, directory: str, index: Index, plan: Plan):
         assert plan.dataset == fingerprint(index), "the plan was verified against this dataset when it was loaded"
-        self._documents = read_documents(directory, index, plan.split)
+        self._documents = read_documents(directory, index.of_source(plan.source), plan.split)
         self._layout = plan.layout
         self._sequence_length = plan.sequence_length
 
     def read(self, rows: np.ndarray) -> Batch:
         """The rows of these numbers, in this order; ``EMPTY_ROW`` gives padding alone. ``rows``: int64 [num_rows]."""
         shape = (len(rows), self._sequence_length)
-        tokens, targets, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(4))
-        weights = np.zeros(shape, np.float32)
+        tokens, targets, segment_ids, positions, weights = (np.zeros(shape, dtype) for dtype in _DTYPES)
         pieces, lines = self._pieces(rows)
         # A document that was cut has many pieces; each record is read once.
         numbers, which = np.unique(pieces["document"], return_inverse=True)
@@ -74,33 +79,81 @@ class RowReader:
 
 
 class Batches:
-    """Endless global batches of a shuffled split.
+    """Endless global batches of the shuffled training split.
 
-    Global batch ``step`` takes ``global_batch_size`` rows from the stream of epochs, each of which holds every row of
-    the plan once in an order of its own; a batch may span epochs. Batch and order depend on the dataset, the plan's
-    options, the seed and the step, and on nothing else.
+    A plan's rows make an endless stream of epochs, each of which holds every row once in an order of its own. Global
+    batch ``step`` takes ``global_batch_size`` rows from that stream, or, where sources are mixed, from the streams of
+    the sources by turns as the weights ask; a batch may span epochs. Batch and order depend on the dataset, the plans'
+    options, the mixture, the seed and the step, and on nothing else.
     """
 
-    def __init__(self, directory: str, index: Index, plan: Plan, *, global_batch_size: int, seed: int):
+    def __init__(
+        self,
+        directory: str,
+        index: Index,
+        plans: Sequence[Plan],
+        *,
+        global_batch_size: int,
+        seed: int,
+        mixture: Mixture | None = None,
+        steps: int | None = None,
+    ):
+        """``plans``: one of all documents, or one of each source of the ``mixture``. ``steps``: of the whole run.
+
+        Raises InputError for a plan without rows, and for a source that would be seen more often in these steps than
+        its ``epochs`` allow.
+        """
         if global_batch_size < 1:
             raise InputError(f"global_batch_size: found {global_batch_size}; at least 1 sequence is needed")
-        if plan.num_rows == 0:
-            raise InputError(f"{directory}: split {plan.split!r} has no documents; prepare more text")
-        self.num_rows = plan.num_rows
+        for plan in plans:
+            if plan.num_rows == 0:
+                of = "" if plan.source is None else f" of source {plan.source!r}"
+                raise InputError(f"{directory}: split {plan.split!r} has no documents{of}; prepare more text")
+        assert [plan.source for plan in plans] == ([None] if mixture is None else [*mixture.sources])
+        self.num_rows = sum(plan.num_rows for plan in plans)
         self.global_batch_size = global_batch_size
-        self._reader = RowReader(directory, index, plan)
-        self._order = EpochOrder(plan.num_rows, seed)
+        self._plans = plans
+        self._mixture = mixture
+        self._readers = [RowReader(directory, index, plan) for plan in plans]
+        self._orders = [EpochOrder(plan.num_rows, _seed_of(plan.source, seed)) for plan in plans]
+        stages = (Stage(0, (1.0,)),) if mixture is None else mixture.stages
+        self._schedule = Schedule(stages, global_batch_size)
+        if mixture is not None and steps is not None:
+            self._check_epochs(mixture, steps)
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows ``start`` to ``stop`` (exclusive) of global batch ``step``, which is counted from 0."""
-        assert step >= 0
-        assert 0 <= start <= stop <= self.global_batch_size
-        return self._reader.read(self.row_numbers(step, start, stop))
+        sources, numbers = self._find(step, start, stop)
+        if len(self._readers) == 1:
+            return self._readers[0].read(numbers)
+        length = self._plans[0].sequence_length
+        batch = Batch(*(np.zeros((stop - start, length), dtype) for dtype in _DTYPES))
+        for source in np.unique(sources):
+            here = sources == source
+            for field, part in zip(batch, self._readers[source].read(numbers[here]), strict=True):
+                field[here] = part
+        return batch
 
     def row_numbers(self, step: int, start: int, stop: int) -> np.ndarray:
-        """Which rows of the plan these are, int64 [stop - start]."""
-        first = step * self.global_batch_size
-        return np.array([self._order[first + row] for row in range(start, stop)], np.int64)
+        """Which rows of the plan of their source these are, int64 [stop - start]."""
+        return self._find(step, start, stop)[1]
+
+    def mixture(self, step: int) -> dict[str, int]:
+        """Rows of each source in global batch ``step``; empty where no sources are mixed."""
+        if self._mixture is None:
+            return {}
+        counts = self._schedule.count(step + 1) - self._schedule.count(step)
+        return dict(zip(self._mixture.sources, counts.tolist(), strict=True))
+
+    def mixture_tokens(self, step: int) -> dict[str, int]:
+        """Tokens of each source in global batch ``step``; empty where no sources are mixed."""
+        if self._mixture is None:
+            return {}
+        sources, numbers = self._find(step, 0, self.global_batch_size)
+        return {
+            name: self._plans[source].tokens_of(numbers[sources == source])
+            for source, name in enumerate(self._mixture.sources)
+        }
 
     def hash(self, step: int) -> str:
         """SHA-256 of the tokens, then the segment ids, of the whole global batch (little-endian int32, row by row)."""
@@ -108,6 +161,36 @@ class Batches:
         digest = hashlib.sha256(batch.tokens.astype("<i4").tobytes())
         digest.update(batch.segment_ids.astype("<i4").tobytes())
         return digest.hexdigest()
+
+    def _find(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each row, and its number in that source's plan: both int64 [stop - start]."""
+        assert step >= 0
+        assert 0 <= start <= stop <= self.global_batch_size
+        sources, places = self._schedule.find(step, start, stop)
+        pairs = zip(sources.tolist(), places.tolist(), strict=True)
+        return sources, np.array([self._orders[source][place] for source, place in pairs], np.int64)
+
+    def _check_epochs(self, mixture: Mixture, steps: int) -> None:
+        needed = self._schedule.count(steps).tolist()
+        lines = [
+            f"  {plan.source}: {rows:,} rows are needed, and {epochs} x {plan.num_rows:,} = "
+            f"{epochs * plan.num_rows:,} are there: it ends in step {self._end(number, epochs * plan.num_rows, steps)}"
+            for number, (plan, epochs, rows) in enumerate(zip(self._plans, mixture.epochs, needed, strict=True))
+            if epochs is not None and rows > epochs * plan.num_rows
+        ]
+        if lines:
+            raise InputError(
+                f"data.sources: the mixture ends before the run's last step. Of {steps:,} steps x "
+                f"{self.global_batch_size:,} = {steps * self.global_batch_size:,} rows:\n"
+                + "\n".join(lines)
+                + "\nRaise its epochs, lower its weight, train fewer steps, or prepare more of its text."
+            )
+
+    def _end(self, source: int, num_rows: int, steps: int) -> int:
+        """The first of the steps, counted from 1, that needs more than so many rows of a source."""
+        return 1 + bisect.bisect_left(
+            range(steps), num_rows + 1, key=lambda step: int(self._schedule.count(step + 1)[source])
+        )
 
 
 class EvaluationBatches:
@@ -153,7 +236,14 @@ class EpochOrder:
         return row
 
 
-@functools.lru_cache(maxsize=4)
+def _seed_of(source: str | None, seed: int) -> int:
+    """A seed of its own for each source of a mixture: two of equal size would else have one order."""
+    if source is None:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{source}".encode()).digest()[:8], "little")
+
+
+@functools.lru_cache(maxsize=64)
 def _shuffled(num_rows: int, seed: int, epoch: int) -> grain.MapDataset[int]:
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     return grain.MapDataset.range(num_rows).shuffle(seed=int.from_bytes(digest[:4], "little"))

@@ -41,7 +41,10 @@ def _repair() -> Callable[[str], str]:
     )
 
     def repair(text: str) -> str:
-        # ftfy asks the same of every line, several times, before it changes one; most documents end here.
-        return ftfy.fix_text(text, config) if _REPAIRABLE.search(text) or is_bad(text) else text
+        # ftfy goes line by line as well, and asks the same of each, several times, before it changes it; most end here.
+        return "\n".join(
+            ftfy.fix_text(line, config) if not line.isascii() and (_REPAIRABLE.search(line) or is_bad(line)) else line
+            for line in text.split("\n")
+        )
 
     return repair

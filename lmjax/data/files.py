@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -53,9 +52,3 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file in one step."""
     with replacing(path) as unfinished:
         unfinished.write_bytes(content)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

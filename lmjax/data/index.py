@@ -20,13 +20,18 @@ class TokenizerEntry:
     """The tokenizer whose tokens the shards hold."""
 
     kind: str
-    """``bytes`` or ``sentencepiece``."""
+    """``bytes``, ``sentencepiece`` or ``huggingface``."""
     file: str
     """Its file, in the dataset directory."""
     fingerprint: str
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    pad_id: int | None = None
+    special_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Tokens that no text becomes, by their spelling."""
+    chat_template: str | None = None
+    """How a chat is written for a model with this tokenizer (Jinja), where its files say so."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,8 @@ class ShardEntry:
     """With BOS and EOS."""
     sha256: str
     """Of the file, hexadecimal."""
+    source: str | None = None
+    """The name of the source that all its documents are of; None where the sources have no names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +67,7 @@ class Index:
     tokenizer: TokenizerEntry
     token_dtype: Literal["uint16", "uint32"]
     shards: tuple[ShardEntry, ...]
-    """By split, then in the order of their documents."""
+    """By split, then by source where those have names, then in the order of their documents."""
     token_counts: tuple[int, ...]
     """How often each token of the vocabulary is a target in the training split: in all places of a document but the
     first."""
@@ -80,6 +87,22 @@ class Index:
     def __post_init__(self) -> None:
         if len(self.token_counts) != self.tokenizer.vocab_size:
             raise ValueError(f"{len(self.token_counts)} token counts for a vocabulary of {self.tokenizer.vocab_size}")
+
+    @property
+    def splits(self) -> list[str]:
+        """Those that have documents."""
+        return list(dict.fromkeys(shard.split for shard in self.shards))
+
+    def sources(self, split: str) -> list[str]:
+        """Names of the sources that have documents in a split; none where the sources have no names."""
+        names = (shard.source for shard in self.shards if shard.split == split)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def of_source(self, source: str | None) -> "Index":
+        """The same dataset with the shards of one source alone; None gives all."""
+        if source is None:
+            return self
+        return dataclasses.replace(self, shards=tuple(shard for shard in self.shards if shard.source == source))
 
 
 _ADAPTER = pydantic.TypeAdapter(Index)
@@ -125,5 +148,6 @@ def fingerprint(index: Index) -> str:
     """The identity of a dataset: equal if and only if tokenizer, splits and every shard's bytes are."""
     digest = hashlib.sha256(f"{index.tokenizer.fingerprint} {index.token_dtype}\n".encode())
     for shard in index.shards:
-        digest.update(f"{shard.split} {shard.sha256}\n".encode())
+        source = "" if shard.source is None else f"{shard.source} "
+        digest.update(f"{shard.split} {source}{shard.sha256}\n".encode())
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """What is in a dataset: counts, lengths, what each way of packing costs, and rows as text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +14,11 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 class SplitSummary(NamedTuple):
-    """The documents of a split."""
+    """The documents of a split, or of one source in it."""
 
     split: str
+    source: str | None
+    """None is all of the split."""
     shards: int
     documents: int
     tokens: int
@@ -26,9 +28,11 @@ class SplitSummary(NamedTuple):
 
 
 class PackingSummary(NamedTuple):
-    """What one way of packing makes of a split."""
+    """What one way of packing makes of a split, or of one source in it."""
 
     split: str
+    source: str | None
+    """None is all of the split."""
     sequence_length: int
     packing: str
     rows: int
@@ -60,7 +64,7 @@ class Inspection(NamedTuple):
 
     splits: list[SplitSummary]
     packing: list[PackingSummary]
-    """Every way of packing beside the others, for each sequence length and split."""
+    """Every way of packing beside the others, for each sequence length, split and source."""
     samples: list[list[SamplePiece]]
     """Rows of the training split for the first sequence length, each as its pieces in order: spread evenly over those
     that hold several pieces, if there are any."""
@@ -70,29 +74,43 @@ def inspect_dataset(
     directory: str, index: Index, *, sequence_lengths: Sequence[int], packing: str, num_samples: int
 ) -> Inspection:
     """Read each split once, and write nothing. ``packing`` is that of the samples."""
-    documents = {
-        split: read_documents(directory, index, split) for split in dict.fromkeys(shard.split for shard in index.shards)
-    }
+    documents = {split: read_documents(directory, index, split) for split in index.splits}
+    groups = [
+        (split, source, lengths)
+        for split in documents
+        for source, lengths in _by_source(index, split, documents[split].lengths)
+    ]
     summaries = []
     samples = []
     for sequence_length in sequence_lengths:
-        for split in documents:
+        for split, source, lengths in groups:
             for method in PACKERS:
                 plan = build_plan(
-                    index, documents[split].lengths, split=split, sequence_length=sequence_length, packing=method
+                    index, lengths, split=split, sequence_length=sequence_length, packing=method, source=source
                 )
                 summaries.append(_packing_summary(plan))
-                if num_samples and (sequence_length, split, method) == (sequence_lengths[0], "train", packing):
+                shown = (sequence_length, split, source, method)
+                if num_samples and shown == (sequence_lengths[0], "train", None, packing):
                     samples = _sample_rows(documents[split], plan, load_tokenizer(directory), num_samples)
-    return Inspection([_split_summary(index, split, documents[split]) for split in documents], summaries, samples)
+    return Inspection([_split_summary(index, *group) for group in groups], summaries, samples)
 
 
-def _split_summary(index: Index, split: str, documents: Documents) -> SplitSummary:
-    lengths = documents.lengths
+def _by_source(index: Index, split: str, lengths: np.ndarray) -> Iterator[tuple[str | None, np.ndarray]]:
+    """The lengths of all documents of a split, then those of each source: their documents follow one another."""
+    yield None, lengths
+    first = 0
+    for source in index.sources(split):
+        count = sum(shard.documents for shard in index.shards if (shard.split, shard.source) == (split, source))
+        yield source, lengths[first : first + count]
+        first += count
+
+
+def _split_summary(index: Index, split: str, source: str | None, lengths: np.ndarray) -> SplitSummary:
     quantiles = np.quantile(lengths, QUANTILES, method="inverted_cdf").tolist() if len(lengths) else []
     return SplitSummary(
         split=split,
-        shards=sum(shard.split == split for shard in index.shards),
+        source=source,
+        shards=sum(shard.split == split for shard in index.of_source(source).shards),
         documents=len(lengths),
         tokens=int(lengths.sum()),
         tokens_per_document={str(part): length for part, length in zip(QUANTILES, quantiles, strict=False)},
@@ -103,6 +121,7 @@ def _packing_summary(plan: Plan) -> PackingSummary:
     positions = plan.num_rows * plan.sequence_length
     return PackingSummary(
         split=plan.split,
+        source=plan.source,
         sequence_length=plan.sequence_length,
         packing=plan.packing,
         rows=plan.num_rows,

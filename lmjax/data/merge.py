@@ -1,5 +1,6 @@
 """From parts to shards: of equal documents the first stays, the others are left out, and what stays is written."""
 
+import collections
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -10,19 +11,19 @@ import numpy as np
 
 from lmjax.data.files import write_bytes
 from lmjax.data.index import ShardEntry
-from lmjax.data.parts import SPLITS, PartJob, read_split, read_tokens
+from lmjax.data.parts import SPLITS, Volume, read_split, read_tokens
 from lmjax.data.shards import shard_file, write_shard
 
 
 class Take(NamedTuple):
-    """Documents of one part that go to one shard."""
+    """Documents of one volume of a part that go to one shard."""
 
     path: str
-    """The part's file."""
+    """The volume's file."""
     key: str
-    """The part's key."""
+    """The volume's key."""
     numbers: np.ndarray
-    """int64: which of the documents of the part's split, ascending."""
+    """int64: which of the documents of the volume's split, ascending."""
 
 
 class ShardJob(NamedTuple):
@@ -31,6 +32,8 @@ class ShardJob(NamedTuple):
     directory: str
     file: str
     split: str
+    source: str | None
+    """The name of the source that all documents are of; None where sources have none."""
     takes: tuple[Take, ...]
     dtype: str
     vocab_size: int
@@ -60,30 +63,32 @@ class Selection(NamedTuple):
     """Documents that are left out."""
 
 
-def select(parts: Sequence[PartJob], *, directory: Path, shard_bytes: int, dtype: str, vocab_size: int) -> Selection:
-    """Share out all documents but duplicates, in the order of the parts, over shards of about ``shard_bytes``.
+def select(volumes: Sequence[Volume], *, directory: Path, shard_bytes: int, dtype: str, vocab_size: int) -> Selection:
+    """Share out all documents but duplicates, in the order of the volumes, over shards of about ``shard_bytes``.
 
-    Memory: the digest and the number of every document.
+    Sources with names have shards of their own. Memory: the digest and the number of every document.
     """
     shard_tokens = max(shard_bytes // np.dtype(dtype).itemsize, 1)
     jobs = []
     duplicates = 0
     for split in SPLITS:
-        shards: dict[int, list[Take]] = {}
+        shards: dict[str | None, dict[int, list[Take]]] = {}
         seen: set[bytes] = set()
-        tokens_before = 0
-        for part in parts:
-            digests, lengths = read_split(part.path, split)
+        tokens_before: dict[str | None, int] = collections.defaultdict(int)
+        for volume in volumes:
+            digests, lengths = read_split(volume.path, split)
             kept = np.fromiter(_first_seen(digests, seen), np.int64)
             duplicates += len(lengths) - len(kept)
-            starts = tokens_before + np.cumsum(lengths[kept]) - lengths[kept]
-            tokens_before += int(lengths[kept].sum())
+            starts = tokens_before[volume.source] + np.cumsum(lengths[kept]) - lengths[kept]
+            tokens_before[volume.source] += int(lengths[kept].sum())
+            of_source = shards.setdefault(volume.source, {})
             for shard in np.unique(starts // shard_tokens).tolist():
                 numbers = kept[starts // shard_tokens == shard]
-                shards.setdefault(shard, []).append(Take(part.path, part.key, numbers))
-        for number, takes in enumerate(shards.values()):
-            file = shard_file(split, number, len(shards))
-            jobs.append(ShardJob(str(directory), file, split, tuple(takes), dtype, vocab_size))
+                of_source.setdefault(shard, []).append(Take(volume.path, volume.key, numbers))
+        for source, of_source in shards.items():
+            for number, takes in enumerate(of_source.values()):
+                file = shard_file(split if source is None else f"{split}.{source}", number, len(of_source))
+                jobs.append(ShardJob(str(directory), file, split, source, tuple(takes), dtype, vocab_size))
     return Selection(jobs, duplicates)
 
 
@@ -96,7 +101,7 @@ def make_shard(job: ShardJob) -> MadeShard:
             return MadeShard(ShardEntry(**content["entry"]), np.array(content["token_counts"], np.int64))
     counts = np.zeros(job.vocab_size, np.int64)
     sums = write_shard(Path(job.directory) / job.file, _documents(job, counts), job.dtype)
-    entry: dict[str, Any] = {"file": job.file, "split": job.split, **sums._asdict()}
+    entry: dict[str, Any] = {"file": job.file, "split": job.split, **sums._asdict(), "source": job.source}
     content = {"key": job.key, "entry": entry, "token_counts": counts.tolist()}
     write_bytes(record, json.dumps(content).encode())
     return MadeShard(ShardEntry(**entry), counts)

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,8 @@ BATCH_CHARACTERS = 2**20
 MIN_PART_BYTES, MAX_PART_BYTES = 2**19, 2**25
 PARTS = 256
 """Into about so many parts sources are cut, within the bounds on a part's bytes."""
+VOLUME_CHARACTERS = 2**25
+"""Text after which the documents of a part go on in another file: one piece may be an archive of any size."""
 MAX_NAMED = 100
 """How many skipped inputs are named; all are counted."""
 
@@ -42,7 +44,7 @@ class Recipe(NamedTuple):
 
 
 class PartJob(NamedTuple):
-    """Some pieces of the sources that one process works on."""
+    """Some pieces of one source that one process works on."""
 
     pieces: tuple[Piece, ...]
     recipe: Recipe
@@ -50,6 +52,11 @@ class PartJob(NamedTuple):
     """Digest of all that the result depends on; files count by name, size and time."""
     path: str
     """Where the result goes."""
+
+    @property
+    def source(self) -> int:
+        """Place of the source in the config."""
+        return self.pieces[0].file.source
 
     @property
     def num_bytes(self) -> int:
@@ -67,10 +74,22 @@ class PartSums(NamedTuple):
     """Files, or lines of files, that could not be read as text."""
     skipped: tuple[SkippedInput, ...]
     """The first of them."""
+    volumes: int = 1
+    """Files that hold the documents."""
+
+
+class Volume(NamedTuple):
+    """A file with documents of a part."""
+
+    path: str
+    key: str
+    """Digest of all that its content depends on."""
+    source: str | None = None
+    """The name of the source that they are of; None where sources have none."""
 
 
 class SplitOfPart(NamedTuple):
-    """The documents of a part that fall in one split, in their order."""
+    """The documents of a volume that fall in one split, in their order."""
 
     digests: np.ndarray
     """uint8 [documents, 16]: BLAKE2b of the cleaned text."""
@@ -85,7 +104,7 @@ def part_jobs(files: Sequence[InputFile], recipe: Recipe, directory: Path) -> li
     pieces: list[Piece] = []
     filled = 0
     for piece in cut(files, size):
-        if pieces and filled + piece.stop - piece.start > size:
+        if pieces and (filled + piece.stop - piece.start > size or piece.file.source != pieces[0].file.source):
             jobs.append(_job(pieces, recipe, directory))
             pieces, filled = [], 0
         pieces.append(piece)
@@ -102,38 +121,70 @@ def _job(pieces: list[Piece], recipe: Recipe, directory: Path) -> PartJob:
 
 
 def make_part(job: PartJob) -> PartSums:
-    """Read, clean, split and tokenize the pieces of a job; the part's file is written whole or not at all."""
+    """Read, clean, split and tokenize the pieces of a job; the file that stands for the part is written last."""
     recipe = job.recipe
     tokenizer = _tokenizer(recipe.tokenizer, recipe.fingerprint)
     texts = _Texts(job)
-    digests = {split: [] for split in SPLITS}
-    lengths = {split: [] for split in SPLITS}
-    tokens = {split: [] for split in SPLITS}
+    held = _Held(recipe.dtype)
+    documents = tokens = volumes = 0
     for batch in _batches(texts):
+        if held.characters >= VOLUME_CHARACTERS:
+            _write(_volume(job, volumes).path, held, {})
+            held = _Held(recipe.dtype)
+            volumes += 1
         for split, batch_digests, batch_texts in _by_split(batch, recipe.validation_fraction):
-            flat, batch_lengths = encode_documents(tokenizer, batch_texts, recipe.dtype)
+            flat, lengths = encode_documents(tokenizer, batch_texts, recipe.dtype)
             # A model from elsewhere may normalize a whole text away.
-            held = [number for number, length in enumerate(batch_lengths) if length]
-            texts.empty += len(batch_lengths) - len(held)
-            digests[split] += [batch_digests[number] for number in held]
-            lengths[split] += [batch_lengths[number] for number in held]
-            tokens[split].append(flat)
-    arrays = {}
-    for split in SPLITS:
-        arrays[f"{split}_digests"] = np.frombuffer(b"".join(digests[split]), np.uint8).reshape(-1, DIGEST_BYTES)
-        arrays[f"{split}_lengths"] = np.array(lengths[split], np.int64)
-        arrays[f"{split}_tokens"] = np.concatenate([np.empty(0, recipe.dtype), *tokens[split]])
-    sums = PartSums(
-        documents=sum(map(len, lengths.values())),
-        tokens=sum(map(sum, lengths.values())),
-        empty=texts.empty,
-        num_skipped=texts.num_skipped,
-        skipped=tuple(texts.skipped),
-    )
-    notes = {**sums._asdict(), "skipped": [(found.name, found.reason) for found in sums.skipped]}
-    with replacing(Path(job.path)) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8), **arrays)
+            full = [number for number, length in enumerate(lengths) if length]
+            texts.empty += len(lengths) - len(full)
+            held.add(split, [batch_digests[number] for number in full], [lengths[number] for number in full], flat)
+            documents += len(full)
+            tokens += len(flat)
+        held.characters += sum(map(len, batch))
+    sums = PartSums(documents, tokens, texts.empty, texts.num_skipped, tuple(texts.skipped), volumes + 1)
+    _write(job.path, held, {**sums._asdict(), "skipped": [(found.name, found.reason) for found in sums.skipped]})
     return sums
+
+
+class _Held:
+    """Documents of both splits that were not written yet."""
+
+    def __init__(self, dtype: str):
+        self.characters = 0
+        self._digests: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+        self._lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+        self._tokens = {split: [np.empty(0, dtype)] for split in SPLITS}
+
+    def add(self, split: str, digests: list[bytes], lengths: list[int], tokens: np.ndarray) -> None:
+        self._digests[split] += digests
+        self._lengths[split] += lengths
+        self._tokens[split].append(tokens)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        found = {}
+        for split in SPLITS:
+            digests = np.frombuffer(b"".join(self._digests[split]), np.uint8)
+            found[f"{split}_digests"] = digests.reshape(-1, DIGEST_BYTES)
+            found[f"{split}_lengths"] = np.array(self._lengths[split], np.int64)
+            found[f"{split}_tokens"] = np.concatenate(self._tokens[split])
+        return found
+
+
+def _write(path: str, held: _Held, notes: dict[str, Any]) -> None:
+    arrays: dict[str, Any] = {"notes": np.frombuffer(json.dumps(notes).encode(), np.uint8), **held.arrays()}
+    with replacing(Path(path)) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def volumes(job: PartJob, count: int, source: str | None) -> list[Volume]:
+    """The ``count`` files of a finished part, in the order of its documents."""
+    earlier = (_volume(job, number) for number in range(count - 1))
+    return [volume._replace(source=source) for volume in (*earlier, Volume(job.path, job.key))]
+
+
+def _volume(job: PartJob, number: int) -> Volume:
+    """One of those before the last, which stands for the part."""
+    return Volume(f"{job.path.removesuffix('.npz')}.{number}.npz", f"{job.key}.{number}")
 
 
 def read_sums(path: str) -> PartSums:

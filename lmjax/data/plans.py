@@ -6,14 +6,17 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from lmjax.data.files import replacing, sha256_of, write_bytes
+from lmjax.data.config import DataConfig
+from lmjax.data.files import replacing, write_bytes
 from lmjax.data.index import Index, fingerprint
 from lmjax.data.pack import Layout, best_fit_decreasing, concat
 from lmjax.data.shards import read_documents
 from lmjax.errors import InputError
+from lmjax.paths import sha256_of
 
 FORMAT_VERSION = 1
 PACKERS: Mapping[str, Callable[[np.ndarray, int], Layout]] = {"best_fit": best_fit_decreasing, "concat": concat}
@@ -37,14 +40,32 @@ class Plan:
     """Documents that lie in more than one piece."""
     lost_targets: int
     """Tokens that are no target in their row because a cut parts them from the token before."""
+    source: str | None = None
+    """The source whose documents alone the rows hold, numbered from its first; None is all of the split."""
 
     @property
     def num_rows(self) -> int:
         return self.layout.num_rows
 
+    def tokens_of(self, rows: np.ndarray) -> int:
+        """Tokens in the rows of these numbers, int [count]."""
+        edges = self.layout.row_starts
+        return sum(int(self.layout.pieces["length"][edges[row] : edges[row + 1]].sum()) for row in rows.tolist())
 
-def build_plan(index: Index, lengths: np.ndarray, *, split: str, sequence_length: int, packing: str) -> Plan:
-    """Pack the documents of a split, whose tokens ``lengths`` counts, without writing anything."""
+
+class Plans(NamedTuple):
+    """The rows that a config's runs go through."""
+
+    train: tuple[Plan, ...]
+    """One of all documents, or one of each source of a mixture, in its order."""
+    validation: Plan | None
+    """Of all documents; None where none was held out."""
+
+
+def build_plan(
+    index: Index, lengths: np.ndarray, *, split: str, sequence_length: int, packing: str, source: str | None = None
+) -> Plan:
+    """Pack the documents of a split, or of one source in it, whose tokens ``lengths`` counts, without writing it."""
     if packing not in PACKERS:
         raise InputError(f"packing: found {packing!r}; allowed are {', '.join(PACKERS)}")
     if sequence_length < 2:
@@ -59,17 +80,40 @@ def build_plan(index: Index, lengths: np.ndarray, *, split: str, sequence_length
         padding=layout.padding(sequence_length),
         documents_cut=layout.documents_cut,
         lost_targets=layout.lost_targets,
+        source=source,
     )
 
 
 def stored_plans(directory: str) -> list[tuple[int, str]]:
     """Sequence length and packing of the training split's plans that are in a dataset directory, ascending."""
-    names = (re.fullmatch(r"plan-train-(.+)-(\d+)\.json", file.name) for file in Path(directory).iterdir())
-    return sorted((int(name[2]), name[1]) for name in names if name)
+    pattern = rf"plan-train(?:\.[^.]+)?-({'|'.join(PACKERS)})-(\d+)\.json"
+    names = (re.fullmatch(pattern, file.name) for file in Path(directory).iterdir())
+    return sorted({(int(name[2]), name[1]) for name in names if name})
 
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+def ensure_plans(data: DataConfig, index: Index, announce: Callable[[str], None] = _say) -> Plans:
+    """The plans that a config needs, each as ``ensure_plan`` gives it."""
+
+    def plan(split: str, source: str | None = None) -> Plan:
+        return ensure_plan(
+            data.path,
+            index,
+            split=split,
+            sequence_length=data.sequence_length,
+            packing=data.packing,
+            source=source,
+            announce=announce,
+        )
+
+    sources = (None,) if data.mixture is None else data.mixture.sources
+    return Plans(
+        train=tuple(plan("train", source) for source in sources),
+        validation=plan("validation") if "validation" in index.splits else None,
+    )
 
 
 def ensure_plan(
@@ -79,6 +123,7 @@ def ensure_plan(
     split: str,
     sequence_length: int,
     packing: str,
+    source: str | None = None,
     announce: Callable[[str], None] = _say,
 ) -> Plan:
     """The stored plan, verified; a missing one is built first, stored atomically and announced.
@@ -86,17 +131,20 @@ def ensure_plan(
     Building is deterministic, so processes that share the directory may all call this; it saves work to let one go
     first. A plan that does not match its checksums, or that is of another dataset, is an ``InputError``.
     """
-    sidecar, pieces, row_starts = _files(directory, split, sequence_length, packing)
-    if not all(file.exists() for file in (sidecar, pieces, row_starts)):
-        announce(f"building the pack plan {sidecar} (split {split}, {packing}, rows of {sequence_length} tokens)")
-        lengths = read_documents(directory, index, split).lengths
-        plan = build_plan(index, lengths, split=split, sequence_length=sequence_length, packing=packing)
-        _write(plan, sidecar, pieces, row_starts)
-    return _read(fingerprint(index), split, sequence_length, packing, sidecar, pieces, row_starts)
+    files = _files(directory, split, source, sequence_length, packing)
+    if not all(file.exists() for file in files):
+        announce(f"building the pack plan {files[0]} (split {split}, {packing}, rows of {sequence_length} tokens)")
+        lengths = read_documents(directory, index.of_source(source), split).lengths
+        plan = build_plan(index, lengths, split=split, sequence_length=sequence_length, packing=packing, source=source)
+        _write(plan, *files)
+    return _read(fingerprint(index), split, source, sequence_length, packing, *files)
 
 
-def _files(directory: str, split: str, sequence_length: int, packing: str) -> tuple[Path, Path, Path]:
-    stem = Path(directory) / f"plan-{split}-{packing}-{sequence_length}"
+def _files(
+    directory: str, split: str, source: str | None, sequence_length: int, packing: str
+) -> tuple[Path, Path, Path]:
+    part = split if source is None else f"{split}.{source}"
+    stem = Path(directory) / f"plan-{part}-{packing}-{sequence_length}"
     return Path(f"{stem}.json"), Path(f"{stem}.pieces.npy"), Path(f"{stem}.rows.npy")
 
 
@@ -110,6 +158,7 @@ def _write(plan: Plan, sidecar: Path, pieces: Path, row_starts: Path) -> None:
         "format_version": FORMAT_VERSION,
         "dataset": plan.dataset,
         "split": plan.split,
+        **({} if plan.source is None else {"source": plan.source}),
         "sequence_length": plan.sequence_length,
         "packing": plan.packing,
         "rows": plan.num_rows,
@@ -124,17 +173,25 @@ def _write(plan: Plan, sidecar: Path, pieces: Path, row_starts: Path) -> None:
 
 
 def _read(
-    dataset: str, split: str, sequence_length: int, packing: str, sidecar: Path, pieces: Path, row_starts: Path
+    dataset: str,
+    split: str,
+    source: str | None,
+    sequence_length: int,
+    packing: str,
+    sidecar: Path,
+    pieces: Path,
+    row_starts: Path,
 ) -> Plan:
     fix = f"delete {sidecar} and run the command again: the plan is rebuilt from the shards"
     try:
         record = json.loads(sidecar.read_bytes())
         stored = {file: record["sha256"][file.name] for file in (pieces, row_starts)}
         found = [record[key] for key in ("format_version", "dataset", "split", "sequence_length", "packing")]
+        found.append(record.get("source"))
         counts = {key: int(record[key]) for key in ("padding", "documents_cut", "lost_targets")}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{sidecar}: not a pack plan ({error!r}); {fix}") from None
-    expected = [FORMAT_VERSION, dataset, split, sequence_length, packing]
+    expected = [FORMAT_VERSION, dataset, split, sequence_length, packing, source]
     if found != expected:
         raise InputError(f"{sidecar}: found a plan of {found}, where {expected} is needed (format, dataset, …); {fix}")
     for file, sha256 in stored.items():
@@ -143,4 +200,12 @@ def _read(
                 f"{file}: its bytes are not those that {sidecar.name} vouches for (SHA-256 differs); {fix}"
             )
     layout = Layout(np.load(pieces, mmap_mode="r"), np.load(row_starts, mmap_mode="r"))
-    return Plan(dataset=dataset, split=split, sequence_length=sequence_length, packing=packing, layout=layout, **counts)
+    return Plan(
+        dataset=dataset,
+        split=split,
+        sequence_length=sequence_length,
+        packing=packing,
+        layout=layout,
+        source=source,
+        **counts,
+    )

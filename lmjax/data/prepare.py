@@ -19,29 +19,33 @@ import pydantic
 
 from lmjax.data.config import DataConfig
 from lmjax.data.files import write_bytes, writing
-from lmjax.data.index import INDEX_FILE, Index, TokenizerEntry, read_index, write_index
+from lmjax.data.index import INDEX_FILE, Index, read_index, write_index
 from lmjax.data.merge import make_shard, select
-from lmjax.data.parts import MAX_NAMED, PartJob, PartSums, Recipe, make_part, part_jobs, read_sums
-from lmjax.data.plans import ensure_plan
+from lmjax.data.parts import MAX_NAMED, PartJob, PartSums, Recipe, make_part, part_jobs, read_sums, volumes
+from lmjax.data.plans import ensure_plans
 from lmjax.data.sample import sample_texts, train_model
 from lmjax.data.shards import token_dtype
-from lmjax.data.sources import InputFile, list_files
+from lmjax.data.sources import InputFile, check_columns, list_files
 from lmjax.data.tokenizer import (
-    BytesTokenizer,
-    ByteTokenizer,
+    HuggingFaceFile,
     SentencePieceFile,
-    SentencePieceTokenizer,
     SentencePieceTrained,
     Tokenizer,
     TokenizerConfig,
-    load_tokenizer,
+    file_fingerprint,
+    open_tokenizer,
+    tokenizer_entry,
 )
+from lmjax.data.tokenizer_huggingface import ROLES_FILE
+from lmjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from lmjax.data.workers import Workers
 from lmjax.errors import InputError
 
 UNFINISHED = ".unfinished"
-NOT_OF_THE_DATASET = ("path", "num_workers", "sequence_length", "packing")
+NOT_OF_THE_DATASET = ("path", "num_workers", "sequence_length", "packing", "weights_by_step")
 """Fields of the config that the shards do not depend on."""
+NOT_OF_A_SOURCE = ("weight", "epochs")
+"""Fields of a source that the shards do not depend on."""
 
 
 class Progress(NamedTuple):
@@ -89,15 +93,7 @@ def prepare(
                 index = _make(files, data, tokenizer, options, work, workers, report, announce)
             _publish(index, work, directory)
     shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
-    for split in dict.fromkeys(shard.split for shard in index.shards):
-        ensure_plan(
-            str(directory),
-            index,
-            split=split,
-            sequence_length=data.sequence_length,
-            packing=data.packing,
-            announce=announce,
-        )
+    ensure_plans(data, index, announce)
     return index
 
 
@@ -105,10 +101,15 @@ def options_of(data: DataConfig, tokenizer: TokenizerConfig) -> dict[str, Any]:
     """What the shards depend on besides the sources' content, by the keys of the config."""
     section = pydantic.TypeAdapter(DataConfig).dump_python(data, mode="json")
     options = {f"data.{key}": value for key, value in section.items() if key not in NOT_OF_THE_DATASET}
+    # Without a name a source is written as it was before there were names.
+    left_out = (*NOT_OF_A_SOURCE, *(() if data.sources[0].name is not None else ("name",)))
+    options["data.sources"] = [
+        {key: value for key, value in source.items() if key not in left_out} for source in section["sources"]
+    ]
     for key, value in pydantic.TypeAdapter(TokenizerConfig).dump_python(tokenizer, mode="json").items():
         options[f"tokenizer.{key}"] = value
-    if isinstance(tokenizer, SentencePieceFile):
-        options["tokenizer.path"] = f"SHA-256 {load_tokenizer(tokenizer.path).fingerprint}"
+    if isinstance(tokenizer, SentencePieceFile | HuggingFaceFile):
+        options["tokenizer.path"] = f"SHA-256 {file_fingerprint(tokenizer)}"
     return options
 
 
@@ -182,6 +183,7 @@ def _make(
     announce: Callable[[str], None],
 ) -> Index:
     """Everything but the move to its place."""
+    check_columns(files)
     tokenizer = _make_tokenizer(files, data, config, work, report)
     dtype = token_dtype(tokenizer.vocab_size)
     recipe = Recipe(
@@ -194,8 +196,13 @@ def _make(
     )
     parts = part_jobs(files, recipe, work / "parts")
     sums = _make_parts(parts, workers, report)
+    found = [
+        volume
+        for part, of_part in zip(parts, sums, strict=True)
+        for volume in volumes(part, of_part.volumes, data.sources[part.source].name)
+    ]
     selection = select(
-        parts, directory=work, shard_bytes=data.shard_bytes, dtype=dtype, vocab_size=tokenizer.vocab_size
+        found, directory=work, shard_bytes=data.shard_bytes, dtype=dtype, vocab_size=tokenizer.vocab_size
     )
     documents, tokens = sum(part.documents for part in sums), sum(part.tokens for part in sums)
     num_skipped = sum(part.num_skipped for part in sums)
@@ -214,14 +221,7 @@ def _make(
     shards = [made[number] for number in range(len(made))]
     counts = sum((shard.token_counts for shard in shards if shard.entry.split == "train"), np.int64(0))
     index = Index(
-        tokenizer=TokenizerEntry(
-            kind=tokenizer.kind,
-            file=tokenizer.file,
-            fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-        ),
+        tokenizer=tokenizer_entry(tokenizer),
         token_dtype=dtype,
         shards=tuple(shard.entry for shard in shards),
         token_counts=tuple(np.asarray(counts).tolist()),
@@ -254,20 +254,17 @@ def _make_tokenizer(
     report: Callable[[Progress], None],
 ) -> Tokenizer:
     """The tokenizer, with its file in ``work``."""
-    match config:
-        case BytesTokenizer():
-            tokenizer: Tokenizer = ByteTokenizer()
-        case SentencePieceFile():
-            tokenizer = load_tokenizer(config.path)
-        case SentencePieceTrained():
-            known = [repr(config), data.normalize, data.ftfy, data.validation_fraction, [file[1:] for file in files]]
-            key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-            trained = work / f"trained-{key}.model"
-            if not trained.is_file():
-                report(Progress("train tokenizer", 0, 1, 0, 0))
-                write_bytes(trained, train_model(config, sample_texts(files, data, config.sample_bytes)))
-                report(Progress("train tokenizer", 1, 1, 0, 0))
-            tokenizer = SentencePieceTokenizer(trained.read_bytes(), str(trained))
+    if isinstance(config, SentencePieceTrained):
+        known = [repr(config), data.normalize, data.ftfy, data.validation_fraction, [file[1:] for file in files]]
+        key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        trained = work / f"trained-{key}.model"
+        if not trained.is_file():
+            report(Progress("train tokenizer", 0, 1, 0, 0))
+            write_bytes(trained, train_model(config, sample_texts(files, data, config.sample_bytes)))
+            report(Progress("train tokenizer", 1, 1, 0, 0))
+        tokenizer: Tokenizer = SentencePieceTokenizer(trained.read_bytes(), str(trained))
+    else:
+        tokenizer = open_tokenizer(config)
     tokenizer.save(work)
     return tokenizer
 
@@ -293,7 +290,7 @@ def _make_parts(parts: Sequence[PartJob], workers: Workers, report: Callable[[Pr
 def _publish(index: Index, work: Path, directory: Path) -> None:
     """Move a whole dataset to its place, the index last; what an earlier attempt moved is there already."""
     with writing(directory):
-        for file in [index.tokenizer.file, *(shard.file for shard in index.shards), INDEX_FILE]:
+        for file in [ROLES_FILE, index.tokenizer.file, *(shard.file for shard in index.shards), INDEX_FILE]:
             if (work / file).is_file():
                 (work / file).replace(directory / file)
 

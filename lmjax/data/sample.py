@@ -14,13 +14,8 @@ from lmjax.data.files import write_bytes
 from lmjax.data.index import SkippedInput
 from lmjax.data.parts import digest_of, split_of
 from lmjax.data.sources import InputFile, Piece, cut, list_files, read_texts
-from lmjax.data.tokenizer import (
-    SPACE_MARK,
-    SentencePieceTokenizer,
-    SentencePieceTrained,
-    TokenizerConfig,
-    load_tokenizer,
-)
+from lmjax.data.tokenizer import SentencePieceTrained, TokenizerConfig, load_tokenizer
+from lmjax.data.tokenizer_sentencepiece import SPACE_MARK, SentencePieceTokenizer
 from lmjax.errors import InputError
 
 PIECE_BYTES = 2**20
@@ -55,7 +50,17 @@ def sample_texts(files: Sequence[InputFile], data: DataConfig, sample_bytes: int
     Files, and pieces of jsonl files, come in the order of a hash of their names, so that a small sample is not the
     first source alone; it is the same on every machine.
     """
-    texts = []
+    texts = list(sampled_texts(files, data, sample_bytes))
+    if not texts:
+        raise InputError(
+            f"data.sources: no text to train a tokenizer on in {len(files)} files: they are empty, not UTF-8, or fell "
+            "in the validation split; give files with text, encoded as UTF-8"
+        )
+    return texts
+
+
+def sampled_texts(files: Sequence[InputFile], data: DataConfig, sample_bytes: int) -> Iterator[str]:
+    """The texts of ``sample_texts``, one after the other; none where there are none."""
     seen = set()
     left = sample_bytes
     for piece in sorted(cut(files, PIECE_BYTES), key=_place):
@@ -70,19 +75,13 @@ def sample_texts(files: Sequence[InputFile], data: DataConfig, sample_bytes: int
             content = text.encode()
             left -= len(content)
             if left <= 0:
-                texts.append(content[: len(content) + left].decode(errors="ignore"))
-                return texts
-            texts.append(text)
-    if not texts:
-        raise InputError(
-            f"data.sources: no text to train a tokenizer on in {len(files)} files: they are empty, not UTF-8, or fell "
-            "in the validation split; give files with text, encoded as UTF-8"
-        )
-    return texts
+                yield content[: len(content) + left].decode(errors="ignore")
+                return
+            yield text
 
 
 def train_model(config: SentencePieceTrained, texts: Sequence[str]) -> bytes:
-    """The content of a .model file: BPE that encodes any text without loss, with runs of spaces as tokens.
+    """The content of a .model file that encodes any text without loss, with runs of spaces as tokens.
 
     A pure function of its arguments. Raises InputError for a vocabulary that is too large or too small for the text.
     """
@@ -91,7 +90,7 @@ def train_model(config: SentencePieceTrained, texts: Sequence[str]) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(texts),
             model_writer=model,
-            model_type="bpe",
+            model_type=config.model_type,
             vocab_size=config.vocab_size,
             byte_fallback=True,
             unk_id=0,

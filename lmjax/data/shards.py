@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from lmjax.data.files import REMEDIES, replacing, sha256_of
+from lmjax.data.files import REMEDIES, replacing
 from lmjax.data.index import Index, ShardEntry
 from lmjax.errors import InputError
+from lmjax.paths import sha256_of
 
 WRITER_OPTIONS = "group_size:1"
 READER_OPTIONS = "readahead_buffer_size:0"

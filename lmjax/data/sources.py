@@ -1,16 +1,22 @@
 """From sources to texts: which files there are, how they are shared out as work, and what is read from them."""
 
-import glob
-import json
+import itertools
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
-from lmjax.data.config import Content, FilesSource, JsonlSource, Source, StdlibSource
+from lmjax.data import text_files
+from lmjax.data.archives import is_archive, open_packed, open_unpacked
+from lmjax.data.config import Content, CsvSource, FilesSource, Source, StdlibSource, TableSource
+from lmjax.data.fields import parse_template
+from lmjax.data.find import Found, find_files, walk
 from lmjax.data.index import SkippedInput
+from lmjax.data.parquet import check_parquet, read_parquet
+from lmjax.data.records import decode, find_columns, read_csv, read_jsonl, refuse_column
+from lmjax.data.text_files import read_document, stream_documents
 from lmjax.errors import InputError
+from lmjax.paths import is_remote
 
 PROSE_EXTENSIONS = (".markdown", ".md", ".rst", ".txt")
 # fmt: off
@@ -22,10 +28,6 @@ CODE_EXTENSIONS = (
 )
 # fmt: on
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
-DOCUMENT_BYTES = 4 * 2**20
-"""A text file that is longer is cut, at ends of lines, into documents of about this size: memory stays bounded."""
-LINE_SEARCH_BYTES = 2**16
-"""How far the end of a line is looked for; after that a text file is cut between two characters."""
 
 
 class InputFile(NamedTuple):
@@ -40,12 +42,21 @@ class InputFile(NamedTuple):
     """Bytes."""
     mtime_ns: int
     content: Content
-    text_field: str | None
-    """Key of a line's text in a jsonl file; None for a text file."""
+    kind: Literal["files", "jsonl", "csv", "parquet"] = "files"
+    """What is in it: text, or rows of this kind."""
+    text_field: str = ""
+    """Where the text of a row is."""
+    delimiter: str = ""
+    """Between the values of a csv file."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a part of it can be read without what comes before."""
+        return self.kind != "csv" and (self.kind == "parquet" or not is_archive(self.path))
 
 
 class Piece(NamedTuple):
-    """Bytes of a file. A line, or a document, belongs to the piece in which it starts."""
+    """Bytes of a file as it is stored. A line, a document or a row group belongs to the piece in which it starts."""
 
     file: InputFile
     start: int
@@ -61,18 +72,48 @@ def list_files(sources: Sequence[Source]) -> list[InputFile]:
     for number, source in enumerate(sources):
         found = [
             InputFile(
-                path, _printable(name), number, *_size_and_time(path), content, getattr(source, "text_field", None)
+                path=file.path,
+                name=file.name,
+                source=number,
+                size=file.size,
+                mtime_ns=file.stamp,
+                content=content,
+                kind="files" if isinstance(source, StdlibSource) else source.kind,
+                text_field=source.text_field if isinstance(source, TableSource) else "",
+                delimiter=source.delimiter if isinstance(source, CsvSource) else "",
             )
-            for name, path, content in _named_files(source, f"data.sources.{number}")
+            for file, content in _find(source, f"data.sources.{number}")
         ]
         files += sorted(found, key=lambda file: (file.name, file.path))
     return files
 
 
-def cut(files: Sequence[InputFile], jsonl_bytes: int) -> Iterator[Piece]:
-    """The pieces of all files in order; a jsonl file is cut every ``jsonl_bytes``."""
+def check_columns(files: Sequence[InputFile]) -> None:
+    """Raise InputError for the first file without the column that its text is to be in, or that is broken.
+
+    That of a table is told by its header; a jsonl file may have lines of several kinds, so that all files of a source
+    have to be without it.
+    """
+    for _, group in itertools.groupby(files, key=lambda file: file.source):
+        of_source = list(group)
+        if of_source[0].kind == "jsonl":
+            _check_keys(of_source)
+        for file in of_source:
+            template = parse_template(file.text_field) if file.text_field else None
+            if file.kind == "csv" and template is not None:
+                with open_unpacked(file.path) as stream:
+                    next(read_csv(stream, file.path, file.name, template, file.delimiter), None)
+            elif file.kind == "parquet" and template is not None:
+                with open_packed(file.path) as stream:
+                    check_parquet(stream, file.path, template)
+
+
+def cut(files: Sequence[InputFile], table_bytes: int) -> Iterator[Piece]:
+    """The pieces of all files in order; one with a document a row is cut every ``table_bytes``, if it can be."""
     for file in files:
-        step = jsonl_bytes if file.text_field is not None else DOCUMENT_BYTES
+        step = table_bytes if file.kind != "files" else text_files.DOCUMENT_BYTES
+        if not file.is_cut:
+            step = max(file.size, 1)
         for start in range(0, max(file.size, 1), step):
             yield Piece(file, start, min(start + step, file.size))
 
@@ -80,138 +121,64 @@ def cut(files: Sequence[InputFile], jsonl_bytes: int) -> Iterator[Piece]:
 def read_texts(piece: Piece) -> Iterator[str | SkippedInput]:
     """The texts of a piece in order, as they are in the file, and what had to be skipped.
 
-    Raises InputError for a file that cannot be opened.
+    Raises InputError for a file that cannot be opened, is a broken archive, or has not the column that is asked for.
     """
     file = piece.file
-    try:
-        with open(file.path, "rb") as stream:
-            if file.text_field is not None:
-                yield from _read_lines(stream, piece, file.text_field)
-            else:
-                start = _line_start(stream, piece.start, file.size)
-                content = stream.read(_line_start(stream, piece.stop, file.size, back_to=start) - start)
-                whole = piece.start == 0 and piece.stop == file.size
-                yield _decode(content, file.name if whole else f"{file.name} from byte {start}")
-    except OSError as error:
-        _refuse(error)
+    if file.kind == "files":
+        yield from _read_text_file(piece)
+        return
+    template = parse_template(file.text_field)
+    with open_packed(file.path) if file.kind == "parquet" else open_unpacked(file.path) as stream:
+        match file.kind:
+            case "jsonl":
+                stop = piece.stop if file.is_cut else None
+                yield from read_jsonl(stream, file.name, template, piece.start, stop)
+            case "csv":
+                yield from read_csv(stream, file.path, file.name, template, file.delimiter)
+            case "parquet":
+                yield from read_parquet(stream, file.path, file.name, template, piece.start, piece.stop)
 
 
-def _named_files(source: Source, where: str) -> Iterator[tuple[str, str, Content]]:
+def _read_text_file(piece: Piece) -> Iterator[str | SkippedInput]:
+    file = piece.file
+    with open_unpacked(file.path) as stream:
+        if file.is_cut:
+            whole = piece.start == 0 and piece.stop == file.size
+            start, content = read_document(stream, piece.start, piece.stop, file.size)
+            yield decode(content, file.name if whole else f"{file.name} from byte {start}")
+        else:
+            for start, content in stream_documents(stream):
+                yield decode(content, f"{file.name} from byte {start}" if start else file.name)
+
+
+def _check_keys(files: Sequence[InputFile]) -> None:
+    template = parse_template(files[0].text_field)
+    first: tuple[str, list[str]] | None = None
+    for file in files:
+        with open_unpacked(file.path) as stream:
+            found, keys = find_columns(stream, template)
+        if found:
+            return
+        if keys and first is None:
+            first = file.path, keys
+    if first is not None:
+        refuse_column(first[0], files[0].text_field, first[1])
+
+
+def _find(source: Source, where: str) -> Iterator[tuple[Found, Content]]:
     match source:
         case StdlibSource():
-            root = sysconfig.get_path("stdlib")
-            for name, path in _walk(root, (".py", ".rst", ".txt", ".md"), NOT_STDLIB):
-                yield name, path, "code" if name.endswith(".py") else "prose"
-        case JsonlSource():
-            for name, path in _find(source.path, (".jsonl",), where):
-                yield name, path, source.content
+            for file in walk(sysconfig.get_path("stdlib"), (".py", ".rst", ".txt", ".md"), NOT_STDLIB):
+                yield file, "code" if file.name.endswith(".py") else "prose"
+        case TableSource():
+            for file in find_files(source.path, (f".{source.kind}",), where):
+                yield file, source.content
         case FilesSource():
-            if source.extensions is not None and not os.path.isdir(source.path):
+            if source.extensions is not None and not (is_remote(source.path) or os.path.isdir(source.path)):
                 raise InputError(
                     f"{where}.extensions: it chooses among the files of a directory, and {source.path} is none; "
                     "leave it out"
                 )
             usual = PROSE_EXTENSIONS if source.content == "prose" else CODE_EXTENSIONS
-            for name, path in _find(source.path, source.extensions or usual, where):
-                yield name, path, source.content
-
-
-def _find(path: str, extensions: tuple[str, ...], where: str) -> list[tuple[str, str]]:
-    """(name, path) of a file, of the files of a directory that have the extensions, or of those that a glob matches."""
-    if os.path.isfile(path):
-        return [(os.path.basename(path), path)]
-    if os.path.isdir(path):
-        found = list(_walk(path, extensions, frozenset()))
-        missing = f"no file in the directory {path} ends in {', '.join(extensions)}"
-    elif glob.has_magic(path):
-        parts = Path(path).parts
-        fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-        root = os.path.join(*parts[:fixed]) if fixed else "."
-        matches = [match for match in glob.iglob(path, recursive=True) if os.path.isfile(match)]
-        found = [(Path(os.path.relpath(match, root)).as_posix(), match) for match in matches]
-        missing = f"the glob {path} matches no file"
-    else:
-        found, missing = [], f"there is no file or directory {path}"
-    if not found:
-        raise InputError(f"{where}.path: {missing}; name a file, a directory or a glob that has text")
-    return found
-
-
-def _walk(root: str, extensions: tuple[str, ...], left_out: frozenset[str]) -> Iterator[tuple[str, str]]:
-    for directory, inner, names in os.walk(root, onerror=_refuse):
-        inner[:] = [name for name in inner if not name.startswith(".") and name not in left_out]
-        for name in names:
-            path = os.path.join(directory, name)
-            if name.endswith(extensions) and os.path.isfile(path):
-                yield Path(os.path.relpath(path, root)).as_posix(), path
-
-
-def _printable(name: str) -> str:
-    """A name with bytes that are no UTF-8 written as \\xNN, so that it can be written down."""
-    return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        _refuse(error)
-    return status.st_size, status.st_mtime_ns
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise InputError(
-        f"data.sources: {error.filename} cannot be read ({error.strerror}); make it readable, or leave it out"
-    ) from None
-
-
-def _decode(content: bytes, name: str) -> str | SkippedInput:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return SkippedInput(name=name, reason=f"not UTF-8 ({error.reason} at byte {error.start})")
-
-
-def _read_lines(stream: BinaryIO, piece: Piece, text_field: str) -> Iterator[str | SkippedInput]:
-    if piece.start:
-        stream.seek(piece.start - 1)
-        stream.readline()
-    while (offset := stream.tell()) < piece.stop:
-        line = _decode(stream.readline(), f"{piece.file.name}, line at byte {offset}")
-        if isinstance(line, SkippedInput):
-            yield line
-        elif line.strip():
-            yield _text_of(line, text_field, f"{piece.file.name}, line at byte {offset}")
-
-
-def _text_of(line: str, text_field: str, name: str) -> str | SkippedInput:
-    try:
-        text = json.loads(line)[text_field]
-    except (ValueError, RecursionError):
-        return SkippedInput(name=name, reason="not JSON")
-    except (KeyError, TypeError, IndexError):
-        return SkippedInput(name=name, reason=f"no object with the key {text_field!r}")
-    if not isinstance(text, str):
-        return SkippedInput(name=name, reason=f"the value of {text_field!r} is not text")
-    return text
-
-
-def _line_start(stream: BinaryIO, offset: int, size: int, back_to: int | None = None) -> int:
-    """The first place from ``offset`` on at which a line starts, or else a character; 0 and ``size`` stay.
-
-    The stream stands there afterwards, or at ``back_to``.
-    """
-    if 0 < offset < size:
-        stream.seek(offset - 1)
-        window = stream.read(LINE_SEARCH_BYTES)
-        end = window.find(b"\n")
-        if end >= 0:
-            offset += end
-        elif offset - 1 + len(window) >= size:
-            offset = size
-        else:
-            # Bytes 10xxxxxx go on with a character; there are at most three in a row.
-            following = window[1:4]
-            offset += next((more for more, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
-    stream.seek(offset if back_to is None else back_to)
-    return offset
+            for file in find_files(source.path, source.extensions or usual, where):
+                yield file, source.content

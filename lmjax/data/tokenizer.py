@@ -1,28 +1,26 @@
-"""Tokenizers: bytes, and SentencePiece models that encode any text without loss."""
+"""Tokenizers: what a config may ask for, what each one can do, and loading them.
 
+SentencePiece models are in tokenizer_sentencepiece.py, tokenizer.json files in tokenizer_huggingface.py.
+"""
+
+import dataclasses
 import functools
 import hashlib
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import pydantic
-import sentencepiece
 
 from lmjax.data.files import write_bytes
-from lmjax.data.index import INDEX_FILE, read_index
+from lmjax.data.index import INDEX_FILE, TokenizerEntry, read_index
+from lmjax.data.tokenizer_huggingface import HUGGINGFACE_FILE, HuggingFaceTokenizer, Roles, read_roles
+from lmjax.data.tokenizer_sentencepiece import SENTENCEPIECE_FILE, SentencePieceTokenizer
 from lmjax.errors import InputError
 from lmjax.schema import UserPath, config_class
 
 BYTES_FILE = "tokenizer.json"
-SENTENCEPIECE_FILE = "tokenizer.model"
-SPACE_MARK = "\u2581"
-"""What SentencePiece writes for a space in its pieces; in a text it would come back as a space."""
-SEGMENT_CHARACTERS = 1 << 14
-"""Longer texts are encoded in parts where that changes nothing: the encoder's memory grows with the part."""
-_RUN_OF_SPACES = re.compile("(?<! ) ")
 
 
 @config_class
@@ -35,12 +33,15 @@ class BytesTokenizer:
 
 @config_class
 class SentencePieceTrained:
-    """A SentencePiece BPE model that is trained on the dataset's own sources."""
+    """A SentencePiece model that is trained on the dataset's own sources."""
 
     kind: Literal["sentencepiece"] = "sentencepiece"
     """Which class of tokenizer this is."""
     vocab_size: int
     """Tokens, among them 256 bytes and 4 special ones."""
+    # Its default is not written down: datasets are compared by their options, and older ones do not have this one.
+    model_type: Annotated[Literal["bpe", "unigram"], pydantic.Field(exclude_if=lambda found: found == "bpe")] = "bpe"
+    """How the pieces are found: by merging frequent pairs, or as the most likely pieces of a unigram model."""
     sample_bytes: int = 16 * 2**20
     """Bytes of text that it is trained on; the sample is a pure function of the sources."""
 
@@ -67,8 +68,28 @@ class SentencePieceFile:
             raise ValueError("path is empty; name a .model file")
 
 
+@config_class
+class HuggingFaceFile:
+    """A tokenizer.json, as Hugging Face's libraries write it: BPE, WordPiece or Unigram."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    """Which class of tokenizer this is."""
+    path: UserPath
+    """The tokenizer.json; from files beside it, such as tokenizer_config.json, come BOS, EOS and the chat template."""
+    bos_token: str | None = None
+    """The token that begins a document; null takes what the files beside it say, and an empty text is none."""
+    eos_token: str | None = None
+    """The token that ends a document; null takes what the files beside it say."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path is empty; name a tokenizer.json")
+        if self.eos_token == "":
+            raise ValueError("eos_token is empty, but a token has to end each document; name one, or leave it out")
+
+
 TokenizerConfig = Annotated[
-    BytesTokenizer | SentencePieceTrained | SentencePieceFile, pydantic.Field(discriminator="kind")
+    BytesTokenizer | SentencePieceTrained | SentencePieceFile | HuggingFaceFile, pydantic.Field(discriminator="kind")
 ]
 
 
@@ -76,15 +97,27 @@ class Tokenizer(Protocol):
     """Text to tokens and back. Special tokens are added by whoever wants them: ``encode`` adds none."""
 
     kind: str
-    """``bytes`` or ``sentencepiece``."""
+    """``bytes``, ``sentencepiece`` or ``huggingface``."""
     file: str
     """Name of the file that ``save`` writes."""
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    chat_template: str | None
+    """Jinja; what the tokenizer's files say."""
     fingerprint: str
     """Hexadecimal; equal for tokenizers that do the same."""
+    held_ids: frozenset[int]
+    """Tokens whose text may change with those after them, apart from bytes at the end that are U+FFFD so far."""
+
+    def special_tokens(self) -> dict[str, int]:
+        """Tokens that no text becomes, by their spelling."""
+        ...
+
+    def fallback_ids(self) -> frozenset[int]:
+        """Tokens that are not a whole character: bytes of one, and the unknown token."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without BOS and EOS."""
@@ -112,7 +145,15 @@ class ByteTokenizer:
     bos_id: int | None = 256
     eos_id: int | None = 257
     pad_id: int | None = 258
+    chat_template: str | None = None
     fingerprint = hashlib.sha256(b"bytes, bos 256, eos 257, pad 258").hexdigest()
+    held_ids: frozenset[int] = frozenset()
+
+    def special_tokens(self) -> dict[str, int]:
+        return {"<bos>": 256, "<eos>": 257, "<pad>": 258}
+
+    def fallback_ids(self) -> frozenset[int]:
+        return frozenset(range(0x80, 0x100))
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -129,144 +170,63 @@ class ByteTokenizer:
         return self.file
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model. ``model`` is the content of its file; ``source`` names that in errors."""
+def open_tokenizer(config: BytesTokenizer | SentencePieceFile | HuggingFaceFile) -> Tokenizer:
+    """The tokenizer of a config that has one without training, fit to make a dataset.
 
-    kind = "sentencepiece"
-    file = SENTENCEPIECE_FILE
+    Raises InputError for a file that is missing or damaged, special tokens that it does not have, and a tokenizer in
+    which no token ends a document.
+    """
+    if isinstance(config, BytesTokenizer):
+        return ByteTokenizer()
+    tokenizer = _open_file(config)
+    if tokenizer.eos_id is None:
+        special = ", ".join(map(repr, tokenizer.special_tokens())) or "none"
+        fix = {
+            SentencePieceTokenizer.kind: "train or export one that has </s>",
+            HuggingFaceTokenizer.kind: f"set tokenizer.eos_token to one of its tokens (its special ones: {special})",
+        }
+        raise InputError(f"{config.path}: no token of it ends a document, which training needs; {fix[tokenizer.kind]}")
+    return tokenizer
 
-    def __init__(self, model: bytes, source: str):
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            # An empty file loads as an empty model.
-            loaded = bool(model) and self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
-            loaded = False
-        if not loaded or not self._processor.get_piece_size():
-            raise InputError(
-                f"{source}: not a SentencePiece model, or a damaged one ({len(model)} bytes); copy it anew or train "
-                "one with `lmjax tokenizer train`"
-            )
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.bos_id = _present(self._processor.bos_id())
-        self.eos_id = _present(self._processor.eos_id())
-        self.pad_id = _present(self._processor.pad_id())
-        self.fingerprint = hashlib.sha256(model).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        if not self._lossless:
-            return self._processor.encode(text, num_threads=1)
-        if len(text) <= SEGMENT_CHARACTERS and SPACE_MARK not in text:
-            return self._processor.encode(text, num_threads=1)
-        return self.encode_batch([text])[0]
+def file_fingerprint(config: SentencePieceFile | HuggingFaceFile) -> str:
+    """The fingerprint of the tokenizer in a file, with the tokens that the config names."""
+    return _open_file(config).fingerprint
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if not self._lossless:
-            return self._processor.encode(list(texts), num_threads=1)
-        segments: list[str] = []
-        ends = []
-        for text in texts:
-            segments.extend(_segments(text))
-            ends.append(len(segments))
-        encoded = self._processor.encode(segments, num_threads=1)
-        batch = []
-        start = 0
-        for end in ends:
-            if end == start + 1 and segments[start] != SPACE_MARK:
-                batch.append(encoded[start])
-            else:
-                tokens: list[int] = []
-                for segment, part in zip(segments[start:end], encoded[start:end], strict=True):
-                    tokens += self._space_mark if segment == SPACE_MARK else part
-                batch.append(tokens)
-            start = end
-        return batch
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode(list(ids))
-
-    def save(self, directory: str | Path) -> str:
-        write_bytes(Path(directory) / self.file, self._model)
-        return self.file
-
-    @functools.cached_property
-    def _space_mark(self) -> list[int]:
-        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-
-    @functools.cached_property
-    def _lossless(self) -> bool:
-        """Whether a text may be cut before a run of spaces, and the space mark be written as bytes.
-
-        So it is with the models that are trained here. A model from elsewhere that adds a space at the start,
-        normalizes, or has pieces with a space inside is used as it is: its tokens are those its makers get.
-        """
-        processor = self._processor
-        if not all(processor.is_byte(token) for token in self._space_mark):
-            return False
-        for token in range(self.vocab_size):
-            if SPACE_MARK in processor.id_to_piece(token).lstrip(SPACE_MARK):
-                return False
-        probe = "\ufb01  \u2126\u00a0 e\u0301\u3000\uff21\t\x01\n "  # what each normalization would change
-        return (
-            processor.id_to_piece(processor.encode("a")[0]) == "a"
-            and processor.decode(processor.encode(probe)) == probe
+def _open_file(config: SentencePieceFile | HuggingFaceFile) -> Tokenizer:
+    path = Path(config.path)
+    if isinstance(config, SentencePieceFile):
+        kind, tokenizer = SentencePieceTokenizer.kind, _load(path)
+    else:
+        found = read_roles(path.parent)
+        roles = dataclasses.replace(
+            found,
+            bos_token=found.bos_token if config.bos_token is None else config.bos_token or None,
+            eos_token=config.eos_token or found.eos_token,
         )
-
-
-def _present(token: int) -> int | None:
-    return token if token >= 0 else None
-
-
-def _segments(text: str) -> list[str]:
-    """Parts of a text whose tokens, one after the other, are its tokens; each space mark is a part of its own."""
-    if SPACE_MARK in text:
-        first, *others = text.split(SPACE_MARK)
-        return _cut(first) + [part for other in others for part in (SPACE_MARK, *_cut(other))]
-    return _cut(text)
-
-
-def _cut(text: str) -> list[str]:
-    """Cut before runs of spaces, which no piece crosses."""
-    parts = []
-    start = 0
-    while boundary := _RUN_OF_SPACES.search(text, start + SEGMENT_CHARACTERS):
-        parts.append(text[start : boundary.start()])
-        start = boundary.start()
-    parts.append(text[start:])
-    return parts
-
-
-def _bytes_tokenizer(content: bytes, source: str) -> Tokenizer:
-    try:
-        found = json.loads(content)["fingerprint"]
-    except (ValueError, KeyError, TypeError):
-        found = None
-    if found != ByteTokenizer.fingerprint:
-        raise InputError(f"{source}: not the file of a bytes tokenizer, or a damaged one; prepare the dataset anew")
-    return ByteTokenizer()
-
-
-_LOADERS: dict[str, Callable[[bytes, str], Tokenizer]] = {
-    SENTENCEPIECE_FILE: SentencePieceTokenizer,
-    BYTES_FILE: _bytes_tokenizer,
-}
+        kind, tokenizer = HuggingFaceTokenizer.kind, _load(path, roles)
+    if tokenizer.kind != kind:
+        raise InputError(f"{path}: the file of a {tokenizer.kind} tokenizer, but tokenizer.kind is {config.kind}")
+    return tokenizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a .model file, or the tokenizer in a directory; a dataset's is compared with the dataset's index.
+    """Load a .model file, a tokenizer.json, or the tokenizer in a directory; a dataset's is compared with its index.
 
     Raises InputError for a file that is missing, damaged, or not the one that the dataset was made with.
     """
     path = Path(path)
     if not path.is_dir():
-        load = _bytes_tokenizer if path.name == BYTES_FILE else SentencePieceTokenizer
-        return load(_read(path), str(path))
-    file = next((path / name for name in _LOADERS if (path / name).is_file()), None)
+        return _load(path)
+    file = next((path / name for name in (SENTENCEPIECE_FILE, HUGGINGFACE_FILE) if (path / name).is_file()), None)
     if file is None:
-        raise InputError(f"{path}: no tokenizer here; looked for {' and '.join(_LOADERS)}")
-    tokenizer = _LOADERS[file.name](_read(file), str(file))
-    if (path / INDEX_FILE).is_file() and tokenizer.fingerprint != read_index(path).tokenizer.fingerprint:
+        raise InputError(f"{path}: no tokenizer here; looked for {SENTENCEPIECE_FILE} and {HUGGINGFACE_FILE}")
+    if not (path / INDEX_FILE).is_file():
+        return _load(file)
+    entry = read_index(path).tokenizer
+    tokenizer = _load(file, _roles_of(entry))
+    if tokenizer.fingerprint != entry.fingerprint:
         raise InputError(
             f"{file}: not the tokenizer that the dataset was made with (its fingerprint is not the one in "
             f"{INDEX_FILE}); put the right file back, or delete the directory and run `lmjax data prepare` again"
@@ -274,8 +234,50 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _read(path: Path) -> bytes:
+def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
+    """What a dataset's index keeps of its tokenizer."""
+    return TokenizerEntry(
+        kind=tokenizer.kind,
+        file=tokenizer.file,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        special_tokens=tokenizer.special_tokens(),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def _roles_of(entry: TokenizerEntry) -> Roles:
+    spelling = {number: token for token, number in entry.special_tokens.items()}
+    bos, eos, pad = (
+        None if number is None else spelling.get(number) for number in (entry.bos_id, entry.eos_id, entry.pad_id)
+    )
+    return Roles(bos_token=bos, eos_token=eos, pad_token=pad, chat_template=entry.chat_template)
+
+
+def _load(path: Path, roles: Roles | None = None) -> Tokenizer:
+    """``roles`` None are those in the files beside a tokenizer.json."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: the tokenizer cannot be read ({error.strerror})") from None
+    if path.suffix != ".json":
+        return SentencePieceTokenizer(content, str(path))
+    return _from_json(content, str(path), read_roles(path.parent) if roles is None else roles)
+
+
+@functools.lru_cache(maxsize=1)  # a large one takes seconds, and preparing a dataset asks for it several times
+def _from_json(content: bytes, source: str, roles: Roles) -> Tokenizer:
+    try:
+        tree: Any = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{source}: not JSON, or a damaged file ({error}); copy it anew") from None
+    if isinstance(tree, dict) and "model" in tree:
+        return HuggingFaceTokenizer(tree, source, roles)
+    if not isinstance(tree, dict) or tree.get("fingerprint") != ByteTokenizer.fingerprint:
+        raise InputError(
+            f"{source}: not the file of a tokenizer, or a damaged one; copy it or prepare the dataset anew"
+        )
+    return ByteTokenizer()

@@ -7,7 +7,7 @@ from lmjax.nn.attention import AttentionOptions
 from lmjax.nn.mlp import Activation
 from lmjax.nn.norm import NormKind
 from lmjax.nn.param import InitScheme
-from lmjax.nn.position import Rope, SlopeRule
+from lmjax.nn.position import Rope, alibi_slopes
 from lmjax.nn.rope_scaling import LongRopeScaling, RopeScaling
 from lmjax.ops.attention import wanted_features
 from lmjax.ops.attention_mask import Mask
@@ -89,8 +89,8 @@ class DecoderConfig:
     """Whether dimensions 2i and 2i + 1 are turned together, instead of i and i + half."""
     rope_scaling: RopeScaling | None = None
     """How frequencies change for rows longer than those first trained on."""
-    alibi_slopes: SlopeRule = "interpolated"
-    """The slopes where the number of heads is no power of two; see ``lmjax.nn.position``."""
+    alibi_max: float = 8.0
+    """The smallest slope is 2^-alibi_max."""
     alibi_scale: float = 1.0
     """Factor of all slopes."""
 
@@ -164,7 +164,7 @@ class DecoderConfig:
     def _check_positions(self) -> None:
         owners = {
             "rope": ("rope_theta", "rope_theta_sliding", "rope_fraction", "rope_interleaved", "rope_scaling"),
-            "alibi": ("alibi_slopes", "alibi_scale"),
+            "alibi": ("alibi_max", "alibi_scale"),
         }
         defaults = {field.name: field.default for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
         for position, names in owners.items():
@@ -175,6 +175,9 @@ class DecoderConfig:
             raise ValueError(f"embed_dim is {self.embed_dim}; sinusoidal positions come in pairs, so it has to be even")
         if self.position != "rope":
             return
+        for name in ("rope_theta", "rope_theta_sliding"):
+            if (theta := getattr(self, name)) is not None and theta <= 1:
+                raise ValueError(f"{name} is {theta}; it has to be above 1")
         if self.rope_fraction > 1:
             raise ValueError(f"rope_fraction is {self.rope_fraction}; it is a part of a head, so at most 1")
         if self.rope_width % 2 or not self.rope_width:
@@ -201,6 +204,10 @@ class DecoderConfig:
     def rope_width(self) -> int:
         """Dimensions of a head that are rotated."""
         return int(self.head_width * self.rope_fraction)
+
+    @property
+    def _slopes(self) -> tuple[float, ...]:
+        return tuple(float(slope) for slope in self.alibi_scale * alibi_slopes(self.num_heads, self.alibi_max))
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -233,8 +240,7 @@ class DecoderConfig:
             head_dim=self.head_width,
             window=self.window(kind),
             rope=self.rope(kind),
-            slopes=self.alibi_slopes if self.position == "alibi" else None,
-            slope_scale=self.alibi_scale,
+            slopes=self._slopes if self.position == "alibi" else None,
             qk_norm=self.qk_norm,
             norm=self.norm,
             norm_epsilon=self.norm_epsilon,

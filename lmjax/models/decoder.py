@@ -21,7 +21,7 @@ from lmjax.nn.execution import LayerExecution
 from lmjax.nn.mlp import MLP
 from lmjax.nn.norm import Norm
 from lmjax.nn.param import constant, residual_std
-from lmjax.nn.position import Rotation, sinusoids
+from lmjax.nn.position import Rotation, document_lengths, sinusoids
 from lmjax.nn.tags import tag
 from lmjax.ops.logits import logits
 from lmjax.sharding import activation_spec
@@ -191,12 +191,15 @@ class Decoder(nnx.Module):
         return self._run(tokens_BT, self._forward(Rows(positions_BT, None, None), execution, None, write), cache)
 
     def _forward(self, rows: Rows, execution, dropout, write) -> Forward:
+        lengths_BT = None
+        if write is not None:
+            lengths_BT = write.length_B[:, None]
+        elif rows.segment_ids_BT is not None:
+            lengths_BT = document_lengths(rows.positions_BT, rows.segment_ids_BT)
         rotations: dict[BlockKind, Rotation | None] = {}
         for kind in self.config.layer_pattern:
             rope = self.config.rope(kind)
-            rotations[kind] = (
-                None if rope is None else rope.rotation(rows.positions_BT, None if write is None else write.length_B)
-            )
+            rotations[kind] = None if rope is None else rope.rotation(rows.positions_BT, lengths_BT)
         return Forward(rows, rotations, execution, dropout, write)
 
     def _embedded(self, tokens_BT, forward: Forward) -> Float[Array, "batch seq embed"]:

@@ -15,7 +15,7 @@ from lmjax.nn.cache import CacheWrite, LayerCache, appended
 from lmjax.nn.execution import LayerExecution
 from lmjax.nn.norm import Norm, NormKind
 from lmjax.nn.param import Projection, constant
-from lmjax.nn.position import Rope, Rotation, SlopeRule, alibi_slopes
+from lmjax.nn.position import Rope, Rotation
 from lmjax.nn.tags import tag
 from lmjax.ops.attention import attention
 from lmjax.ops.attention_cached import cached_attention
@@ -32,9 +32,8 @@ class AttentionOptions:
     head_dim: int
     window: int | None
     rope: Rope | None
-    slopes: SlopeRule | None
-    """ALiBi, by the rule named."""
-    slope_scale: float
+    slopes: tuple[float, ...] | None
+    """Of ALiBi, one a head."""
     qk_norm: Literal["head", "full"] | None
     norm: NormKind
     norm_epsilon: float
@@ -126,7 +125,7 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = tag(q_BTNH, "query"), tag(k_BTKH, "key"), tag(v_BTKH, "value")
         slopes_N = None
         if options.slopes is not None:
-            slopes_N = jnp.asarray(alibi_slopes(options.num_heads, options.slopes) * options.slope_scale)
+            slopes_N = jnp.asarray(options.slopes, jnp.float32)
         sinks_N = None if self.sinks is None else self.sinks[...]
         if cache is None:
             out_BTNH = attention(

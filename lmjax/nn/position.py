@@ -5,7 +5,7 @@ Legend: B batch, T positions, R pairs that are rotated (half of the rotated widt
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +33,19 @@ class Rope:
     scaling: RopeScaling | None = None
 
     def rotation(
-        self, positions_BT: Int[Array, "batch seq"], lengths_B: Int[Array, " batch"] | None = None
+        self, positions_BT: Int[Array, "batch seq"], lengths_BT: Int[Array, "batch places"] | None = None
     ) -> Rotation:
         """Angles position x theta^(-2i / width), as ``scaling`` changes them; float32.
 
-        Some scalings go by the length of a row, whatever other rows the batch has: its largest position plus 1, unless
-        ``lengths`` are given, as they have to be where the batch holds a part of the row only.
+        Some scalings go by ``lengths``: those of each position's document (``document_lengths``), whatever lies beside
+        it in its row or batch; by default the row is one document.
         """
         if self.scaling is None:
             frequencies, factor = powers(self.theta, self.width), 1.0
         else:
-            lengths_B = jnp.max(positions_BT, axis=1) + 1 if lengths_B is None else lengths_B
-            frequencies, factor = self.scaling.frequencies(self.theta, self.width, lengths_B[:, None, None])
+            if lengths_BT is None:
+                lengths_BT = jnp.max(positions_BT, axis=1, keepdims=True) + 1
+            frequencies, factor = self.scaling.frequencies(self.theta, self.width, lengths_BT[:, :, None])
         angles_BTR = positions_BT[:, :, None].astype(jnp.float32) * frequencies
         return Rotation(jnp.cos(angles_BTR) * factor, jnp.sin(angles_BTR) * factor)
 
@@ -70,6 +71,18 @@ class Rope:
         return turned if not rest.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
 
 
+def document_lengths(
+    positions_BT: Int[Array, "batch seq"], segment_ids_BT: Int[Array, "batch seq"]
+) -> Int[Array, "batch seq"]:
+    """The length of the document that each place of a packed row belongs to: its last position plus 1."""
+    num_places = positions_BT.shape[1]
+    places_T = jnp.arange(num_places)
+    next_segment_BT = jnp.pad(segment_ids_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    ends_BT = jnp.where(segment_ids_BT != next_segment_BT, places_T, num_places)
+    last_BT = jax.lax.cummin(ends_BT, axis=1, reverse=True)
+    return positions_BT + (last_BT - places_T) + 1
+
+
 def sinusoids(positions_BT: Int[Array, "batch seq"], width: int) -> Float[Array, "batch seq width"]:
     """sin at the even dimensions, cos at the odd ones, float32 (arXiv 1706.03762, section 3.5)."""
     angles_BTR = positions_BT[:, :, None].astype(jnp.float32) * powers(10_000.0, width)
@@ -78,24 +91,15 @@ def sinusoids(positions_BT: Int[Array, "batch seq"], width: int) -> Float[Array,
     return pairs.reshape(*positions_BT.shape, width, out_sharding=jax.P(*spec))
 
 
-SlopeRule = Literal["interpolated", "strided"]
-"""What is done where the number of heads n is no power of two; m is the next lower one. ``interpolated``: the slopes
-of m heads, then every second one of 2 m heads (the authors' own code, BLOOM). ``strided``: of the slopes of 2 m heads
-those in odd places, then those in even places, the first n of them (MPT)."""
+def alibi_slopes(num_heads: int, largest: float = 8.0) -> Float[np.ndarray, " heads"]:
+    """By how much a head's score falls with each position between query and key (ALiBi, arXiv 2108.12409 section 3).
 
-
-def alibi_slopes(num_heads: int, rule: SlopeRule) -> Float[np.ndarray, " heads"]:
-    """By how much a head's score falls with each position between query and key (ALiBi, arXiv 2108.12409 section 3)."""
+    2^(-largest i / n) for head i of n; where n is no power of two, those of the next lower one m, then every second of
+    those of 2 m. BLOOM's code and MPT's have the same result.
+    """
 
     def slopes(count: int) -> np.ndarray:
-        return 2.0 ** (-8.0 * np.arange(1, count + 1) / count)
+        return 2.0 ** (-largest * np.arange(1, count + 1) / count)
 
     lower = 2 ** int(math.log2(num_heads))
-    if lower == num_heads:
-        found = slopes(num_heads)
-    elif rule == "interpolated":
-        found = np.concatenate([slopes(lower), slopes(2 * lower)[0::2][: num_heads - lower]])
-    else:
-        more = slopes(2 * lower)
-        found = np.concatenate([more[1::2], more[0::2]])[:num_heads]
-    return found.astype(np.float32)
+    return np.concatenate([slopes(lower), slopes(2 * lower)[0::2][: num_heads - lower]]).astype(np.float32)

@@ -1,7 +1,7 @@
 """Rotary frequencies for rows longer than those that a model was first trained on.
 
 Each class mirrors one function of transformers' ``modeling_rope_utils.ROPE_INIT_FUNCTIONS``. ``frequencies`` gives the
-frequencies, shaped (pairs,) or (batch, 1, pairs), and the factor of cosines and sines.
+frequencies, shaped (pairs,) or (batch, places, pairs), and the factor of cosines and sines.
 """
 
 import math
@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from lmjax.schema import config_class
 
-Lengths = Int[Array, "batch 1 1"]
-"""Positions of each row: its largest one plus 1."""
+Lengths = Int[Array, "batch places 1"]
+"""Positions of the document at each place."""
 
-Frequencies = tuple[Float[Array | np.ndarray, "..."], float | Float[Array, "batch 1 1"]]
+Frequencies = tuple[Float[Array | np.ndarray, "..."], float]
 
 
 @config_class
@@ -38,7 +38,7 @@ class LinearScaling:
 
 @config_class
 class DynamicScaling:
-    """The base grows with the length of the row, beyond the first length ("dynamic NTK")."""
+    """The base grows with the length of the document, beyond the first length ("dynamic NTK")."""
 
     kind: Literal["dynamic"] = "dynamic"
     """Which class of scaling this is."""
@@ -79,7 +79,8 @@ class YarnScaling:
     """Whether the borders between the three ranges lie on whole dimensions."""
 
     def __post_init__(self) -> None:
-        _check(self, factor=1.0, original_length=1, beta_slow=0.0)
+        _check(self, factor=1.0, original_length=1)
+        _check_positive(self, "beta_slow", "attention_factor")
         if self.beta_fast <= self.beta_slow:
             raise ValueError(f"beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; the first is the larger")
 
@@ -102,21 +103,22 @@ class YarnScaling:
 
 @config_class
 class LongRopeScaling:
-    """Each frequency has a divisor of its own, one for short and one for long rows (LongRoPE, arXiv 2402.13753)."""
+    """Each frequency has a divisor of its own, one for short, one for long documents (LongRoPE, arXiv 2402.13753)."""
 
     kind: Literal["longrope"] = "longrope"
     """Which class of scaling this is."""
     short_factors: tuple[float, ...]
-    """Divisors in rows of up to original_length positions, one a pair."""
+    """Divisors in documents of up to original_length positions, one a pair."""
     long_factors: tuple[float, ...]
-    """Divisors in longer rows, one a pair."""
+    """Divisors in longer ones, one a pair."""
     original_length: int
     """Positions of the rows that the model was first trained on."""
     attention_factor: float
     """Factor of cosines and sines, as sqrt(1 + ln(longest / original_length) / ln(original_length))."""
 
     def __post_init__(self) -> None:
-        _check(self, original_length=1, attention_factor=0.0)
+        _check(self, original_length=1)
+        _check_positive(self, "attention_factor")
         if len(self.short_factors) != len(self.long_factors):
             raise ValueError(
                 f"there are {len(self.short_factors)} short_factors and {len(self.long_factors)} long_factors; "
@@ -145,7 +147,8 @@ class Llama3Scaling:
     """Positions of the rows that the model was first trained on."""
 
     def __post_init__(self) -> None:
-        _check(self, factor=1.0, original_length=1, low_frequency_factor=0.0)
+        _check(self, factor=1.0, original_length=1)
+        _check_positive(self, "low_frequency_factor")
         if self.high_frequency_factor <= self.low_frequency_factor:
             raise ValueError(
                 f"high_frequency_factor is {self.high_frequency_factor} and low_frequency_factor "
@@ -176,3 +179,10 @@ def _check(scaling, **least: float) -> None:
         value = getattr(scaling, name)
         if value < bound:
             raise ValueError(f"{name} is {value}; it has to be {bound} or more")
+
+
+def _check_positive(scaling, *names: str) -> None:
+    for name in names:
+        value = getattr(scaling, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it has to be above 0")

@@ -26,8 +26,8 @@ class LossOptions:
 
     z_loss: float = 0.0
     """Weight of the squared log normaliser of each token (PaLM, arXiv 2204.02311 section 5; 1e-4 there)."""
-    chunk_tokens: int = 2048
-    """Tokens whose logits exist at once on a device; more is faster until the matrix products are large, about 2048."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits exist at once on a device; more is faster until the matrix products are large, about 1024."""
 
 
 class LossSums(NamedTuple):
@@ -178,7 +178,8 @@ def _token_losses_and_gradients(static: _Static, x_BTD, table_VD, bias_V, target
                 dlogits_CV *= 1 - jnp.square(jnp.where(jnp.isfinite(logits_CV), logits_CV, 0.0) / static.softcap)
             if bias_V is not None:
                 dbias_V += jnp.sum(dlogits_CV, axis=0)
-            dlogits_CV = dlogits_CV.astype(x_CD.dtype)
+            # Behind the barrier they are computed once: the compiler would do it again for the second product.
+            dlogits_CV = jax.lax.optimization_barrier(dlogits_CV.astype(x_CD.dtype))
             dx_CD = chunks.sum_and_scatter(jnp.einsum("cv,vd->cd", dlogits_CV, table_VD))
             dtable_VD += jnp.einsum("cv,cd->vd", dlogits_CV, x_CD, preferred_element_type=jnp.float32)
             return (dtable_VD, dbias_V), (nll_C, lse_C, dx_CD)

@@ -81,14 +81,7 @@ def topology_devices(name: str) -> tuple[Any, ...]:
 
 def topology_mesh(config: MeshConfig, name: str) -> Mesh:
     """A mesh of the devices of the TPU topology ``name``. Raises InputError where the sizes do not fit it."""
-    devices = topology_devices(name)
-    try:
-        return make_mesh(config, devices)
-    except NotImplementedError as error:
-        raise InputError(
-            f"mesh: {config} cannot be laid out on {name} so that every axis follows the links between chips "
-            f"({_first_line(error)}). Choose sizes that are products of the topology's own."
-        ) from error
+    return make_mesh(config, topology_devices(name))
 
 
 def compile_step(blueprint: Blueprint, execution: Execution, options: LossOptions, batch: DeviceBatch) -> CompiledStep:

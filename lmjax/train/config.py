@@ -20,7 +20,7 @@ class TrainConfig:
     """Seed of the initial parameters and of the order of the data."""
     z_loss: float = 0.0
     """Weight of logsumexp(logits)^2 in the loss (arXiv 2204.02311, section 5)."""
-    loss_chunk_tokens: int = 2048
+    loss_chunk_tokens: int = 1024
     """Tokens of a device whose logits exist at the same time."""
     remat: RematConfig = RematConfig()
     """What the backward pass finds saved."""
@@ -48,6 +48,22 @@ class TrainConfig:
 
 
 @config_class
+class EarlyStoppingConfig:
+    """Ends a run whose evaluation loss no longer falls. It decides by the rows of metrics.jsonl and by nothing else."""
+
+    patience: int
+    """Evaluations in a row without an improvement after which the run is saved and ends."""
+    min_delta: float = 0.0
+    """Nats by which an evaluation loss has to be below the best one before it to be an improvement."""
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; it has to be 1 or more")
+        if self.min_delta < 0:
+            raise ValueError(f"min_delta is {self.min_delta}; it has to be 0 or more")
+
+
+@config_class
 class EvaluateConfig:
     """The loss on held-out rows, and samples, while training; both also before the first and after the last step."""
 
@@ -61,6 +77,8 @@ class EvaluateConfig:
     """Tokens of each continuation; 64 by default."""
     temperature: float | None = None
     """Temperature of the samples; 0 takes the most probable token. 0.8 by default."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """When the run ends before train.steps; null trains to the end."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "max_rows"):
@@ -76,6 +94,25 @@ class EvaluateConfig:
 
 
 @config_class
+class WandbConfig:
+    """A run on Weights & Biases, beside the files of the run's directory; needs the extra ``wandb``."""
+
+    project: str
+    """Name of the project."""
+    name: str | None = None
+    """Name of the run; null takes the last part of run_dir."""
+    entity: str | None = None
+    """User or team that owns the project; null takes the account's default."""
+    mode: Literal["online", "offline"] = "online"
+    """Send while training, or keep the records under run_dir/wandb for `wandb sync`."""
+
+    def __post_init__(self) -> None:
+        for name in ("project", "name", "entity"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; name one, or leave it out")
+
+
+@config_class
 class LoggingConfig:
     """What a run writes down."""
 
@@ -83,7 +120,16 @@ class LoggingConfig:
     """Updates between two rows of metrics.jsonl."""
     progress: Literal["auto", "bar", "lines"] = "auto"
     """A live bar, plain lines, or a bar where the output is a terminal."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last update of which the first process keeps a profiler trace, in run_dir/profile; null keeps none."""
+    wandb: WandbConfig | None = None
+    """Where the metrics go on Weights & Biases; null sends nothing."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ValueError(f"every_steps is {self.every_steps}; it has to be 1 or more")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(
+                f"profile_steps is {list(self.profile_steps)}; it has to be a first update, counted from 1, and a last "
+                "one that is not before it"
+            )

@@ -4,25 +4,28 @@ import dataclasses
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
-from lmjax.checkpoint.processes import refused_by_all
+from lmjax.checkpoint.processes import first_on_machine, refused_by_all
 from lmjax.checkpoint.save import CheckpointConfig
 from lmjax.data.batches import Batches, EvaluationBatches
 from lmjax.data.config import DataConfig
-from lmjax.data.index import Index, read_index
-from lmjax.data.plans import Plan, ensure_plan
+from lmjax.data.index import Index, fingerprint, read_index
+from lmjax.data.plans import ensure_plans
 from lmjax.data.prepare import check_options
+from lmjax.data.remote import local_dataset
 from lmjax.data.shards import verify_shards
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from lmjax.errors import InputError
 from lmjax.mesh import MeshConfig, batch_shards, make_mesh
 from lmjax.models.decoder import DecoderConfig, Execution
 from lmjax.ops.attention import Choice, choose_kernel
-from lmjax.ops.attention_mask import Mask
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
+from lmjax.paths import as_path, is_remote
 from lmjax.precision import PrecisionConfig
+from lmjax.train import provenance
 from lmjax.train.config import EvaluateConfig, LoggingConfig, TrainConfig
 from lmjax.train.state import Blueprint, make_blueprint
 
@@ -75,6 +78,7 @@ def make_program(job: Job, mesh: Mesh | None = None) -> Program:
     mesh = make_mesh(job.mesh) if mesh is None else mesh
     platform = mesh.devices.flat[0].platform
     check_shapes(job, mesh)
+    check_steps(job)
     return Program(
         mesh=mesh,
         kernels=choose_kernels(job, platform),
@@ -96,8 +100,7 @@ def choose_kernels(job: Job, platform: str) -> dict[str, Choice]:
     return {
         kind: choose_kernel(
             job.train.attention_kernel,
-            mask=Mask(causal=True, window=job.model.window(kind)),
-            segmented=True,
+            features=job.model.attention_features(kind),
             platform=platform,
             length=job.data.sequence_length,
         )
@@ -122,44 +125,98 @@ def check_shapes(job: Job, mesh: Mesh) -> None:
         )
 
 
-def open_dataset(job: Job) -> Dataset:
-    """Verify the prepared dataset and plan its batches; process 0 makes a plan that is missing.
+def check_steps(job: Job) -> None:
+    """Raises InputError where something is to happen after the last step."""
+    steps, warmup, profile = job.train.steps, job.optimizer.warmup_steps, job.logging.profile_steps
+    if steps < warmup:
+        raise InputError(
+            f"train.steps {steps} is below optimizer.warmup_steps {warmup}: the learning rate would never reach its "
+            f"peak. Train {warmup} steps or more, or warm up in {steps} or fewer."
+        )
+    if profile is not None and profile[1] > steps:
+        raise InputError(
+            f"logging.profile_steps {list(profile)} goes beyond the last update: train.steps is {steps}. Choose "
+            f"updates from 1 to {steps}."
+        )
 
-    Raises InputError where it is missing, damaged, or does not go with the model.
-    """
+
+def check_dataset(job: Job, index: Index) -> None:
+    """Raises InputError where the index of ``data.path`` does not go with the configs."""
     directory = job.data.path
-    index = read_index(directory)
     check_options(directory, index, job.data, job.tokenizer)
     if index.tokenizer.vocab_size > job.model.vocab_size:
         raise InputError(
             f"model.vocab_size is {job.model.vocab_size}, but the tokenizer of {directory} has "
             f"{index.tokenizer.vocab_size} tokens. Set model.vocab_size to {index.tokenizer.vocab_size} or more."
         )
-    splits = sorted({shard.split for shard in index.shards})
-    plans = {}
+    if job.evaluate.early_stopping is not None and "validation" not in index.splits:
+        raise InputError(
+            f"evaluate.early_stopping has no effect: {directory} holds no document out, so no loss is evaluated. Leave "
+            "it out, or prepare the data with a larger data.validation_fraction."
+        )
+
+
+def check_same_run(job: Job) -> None:
+    """Raises InputError where the dataset is not the one that the run was last started with; nothing is written."""
+    index = read_index(local_dataset(job.data.path, shards=False))
+    check_dataset(job, index)
+    record = provenance.read(job.run_dir)
+    if record is not None and record["starts"]:
+        where = as_path(job.run_dir) / provenance.FILE
+        check_fingerprint(record["starts"][-1]["dataset"], index, job.data.path, where)
+
+
+def check_fingerprint(recorded: str, index: Index, directory: str, where: epath.Path) -> None:
+    """Raises InputError where a dataset is not the one that ``where`` was written with."""
+    found = fingerprint(index)
+    if recorded != found:
+        raise InputError(
+            f"{where}: trained on the dataset {recorded[:16]}…, but {directory} is {found[:16]}…. Prepare the same "
+            "data again, or train in another run_dir."
+        )
+
+
+def open_dataset(job: Job) -> Dataset:
+    """Verify the prepared dataset and plan its batches; a plan that is missing is made.
+
+    One process does this for a dataset on a disk, and one a machine for a dataset in an object store, of which each
+    machine has a copy.
+
+    Raises InputError where it is missing, damaged, or does not go with the model.
+    """
+    remote = is_remote(job.data.path)
+    first = first_on_machine() if remote else jax.process_index() == 0
+    plans = None
     with refused_by_all("make room, or choose a data.path that can be written to"):
-        for split in splits if jax.process_index() == 0 else ():
-            verify_shards(directory, index, split)
-            plans[split] = _plan(job, index, split)
-    for split in splits:
-        if split not in plans:
-            plans[split] = _plan(job, index, split)
+        if first:
+            data = dataclasses.replace(job.data, path=local_dataset(job.data.path))
+            index = read_index(data.path)
+            check_dataset(job, index)
+            for split in index.splits if not remote else ():  # those of a store were hashed when they were fetched
+                verify_shards(data.path, index, split)
+            plans = ensure_plans(data, index)
+    data = dataclasses.replace(job.data, path=local_dataset(job.data.path, trusted=True))
+    directory, index = data.path, read_index(data.path)
+    check_dataset(job, index)
+    plans = ensure_plans(data, index) if plans is None else plans
     rows = job.train.global_batch_size
     micro_rows = rows // job.train.accumulation  # what fits the devices while training fits them while scoring
     return Dataset(
         directory=directory,
         index=index,
         tokenizer=load_tokenizer(directory),
-        batches=Batches(directory, index, plans["train"], global_batch_size=rows, seed=job.train.seed),
+        batches=Batches(
+            directory,
+            index,
+            plans.train,
+            global_batch_size=rows,
+            seed=job.train.seed,
+            mixture=job.data.mixture,
+            steps=job.train.steps,
+        ),
         evaluation=EvaluationBatches(
-            directory, index, plans["validation"], global_batch_size=micro_rows, max_rows=job.evaluate.max_rows
+            directory, index, plans.validation, global_batch_size=micro_rows, max_rows=job.evaluate.max_rows
         )
-        if "validation" in plans and plans["validation"].num_rows
+        if plans.validation is not None and plans.validation.num_rows
         else None,
-    )
-
-
-def _plan(job: Job, index: Index, split: str) -> Plan:
-    return ensure_plan(
-        job.data.path, index, split=split, sequence_length=job.data.sequence_length, packing=job.data.packing
     )

@@ -1,82 +1,103 @@
 """A run from its first step to its last: everything that happens in it is in ``run``."""
 
 import contextlib
-import dataclasses
-import functools
-import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
-from lmjax import __version__
-from lmjax.checkpoint.processes import decide
+from lmjax.checkpoint.processes import decide, refused_by_all
 from lmjax.checkpoint.restore import restore
 from lmjax.checkpoint.save import Saver
-from lmjax.compat import device_memory_peak
 from lmjax.data.index import fingerprint
 from lmjax.errors import InputError, PreemptedError
-from lmjax.generate.decode import Generator
-from lmjax.models.counts import parameter_count, training_flops
-from lmjax.train.evaluate import make_evaluator
+from lmjax.models.counts import parameter_count
+from lmjax.paths import as_path, is_remote, working_directory
+from lmjax.train.clock import Clock, Pending
 from lmjax.train.faults import StopSignal, check_finite
 from lmjax.train.feed import Feed, abstract_batch, to_devices
-from lmjax.train.job import Dataset, Job, Program, make_program, open_dataset
-from lmjax.train.metrics import Recorder, peak_flops
-from lmjax.train.state import TrainState, init_state
-from lmjax.train.step import DeviceBatch, StepMetrics, make_step
+from lmjax.train.held_out import HeldOut
+from lmjax.train.job import Dataset, Job, Program, check_fingerprint, make_program, open_dataset
+from lmjax.train.metrics import Recorder, last_step
+from lmjax.train.profile import Profiler
+from lmjax.train.provenance import versions
+from lmjax.train.state import init_state
+from lmjax.train.step import DeviceBatch, make_step
+from lmjax.train.tracking import check_trackers, remove_event_files
 
 
-def run(job: Job) -> None:
+def run(job: Job, push: Callable[[], None] | None = None) -> None:
     """Train from the newest checkpoint in the run's directory, or from the beginning, to the last step.
 
     Every process of the run calls it. Raises PreemptedError after a signal and a durable save, DivergedError for a loss
     that is not finite, InputError for configs, datasets and checkpoints that do not go together.
+
+    Process 0 of a run in an object store calls ``push``, which copies the run's files there (``lmjax.paths.Mirror``),
+    after an evaluation and before a checkpoint is begun: no checkpoint is ahead of the rows before it.
     """
     with contextlib.ExitStack() as cleanup:  # each end is reached, whatever another one raises
         stop = cleanup.enter_context(StopSignal())  # a signal while this is set up stops the run after its first step
         primary = jax.process_index() == 0
+        run_dir, steps = working_directory(job.run_dir), job.train.steps
         program = make_program(job)
         dataset = open_dataset(job)
         mesh, blueprint = program.mesh, program.blueprint
-        checkpoints = Path(job.run_dir) / "checkpoints"
+        checkpoints = as_path(job.run_dir) / "checkpoints"
         restored = restore(checkpoints, blueprint.state)
         start, tokens, state = 0, 0.0, None
         if restored is not None:
             check_same_data(restored.metadata, dataset, checkpoints / str(restored.step))
             start, tokens, state = restored.step, restored.metadata["tokens"], restored.state
-        recorder = Recorder(Path(job.run_dir), job.logging, start=start, steps=job.train.steps, primary=primary)
-        cleanup.callback(recorder.close)
+        with refused_by_all("choose a run_dir that can be written to"):
+            if primary:
+                check_beginning(job, start)
+                check_trackers(job.logging)
+            recorder = cleanup.enter_context(Recorder(run_dir, job.logging, start=start, steps=steps, primary=primary))
+        if recorder.dropped > start:
+            recorder.message(f"the rows of metrics.jsonl from step {start + 1} to {recorder.dropped} are written anew")
         saver = Saver(str(checkpoints), job.checkpoint)
         cleanup.callback(saver.close)
         for skipped in restored.skipped if restored else ():
             recorder.message(f"checkpoint {skipped.step} is not good and was skipped: {skipped.why}")
-        if start >= job.train.steps:
-            recorder.message(f"{job.run_dir}: all {job.train.steps} steps are done; raise train.steps to go on")
+        held_out = HeldOut(job, program, dataset, recorder)
+        if not held_out.owed(start) and (done := why_done(job, held_out, start)):
+            recorder.message(done)
             return
         where = "from the beginning" if restored is None else f"from the checkpoint of step {start}"
         recorder.message(
             f"{parameter_count(job.model):,} parameters on {mesh.size} device(s) {dict(mesh.shape)}; training {where} "
-            f"to step {job.train.steps}"
+            f"to step {steps}"
         )
         for kind, kernel in program.kernels.items():
             recorder.message(f"attention of {kind} blocks: {kernel.name} ({kernel.why})")
-        state = init_state(blueprint, job.train.seed) if state is None else state
-        held_out = HeldOut(job, program, dataset, recorder)
         if dataset.evaluation is None:
             recorder.message(
                 f"{dataset.directory} holds no document out, so no loss is evaluated: evaluate.max_rows has no effect "
                 "(data.validation_fraction)"
             )
+        with refused_by_all("choose a run_dir that can be written to"):
+            if primary:
+                remove_event_files(as_path(job.run_dir) / "tensorboard")
+            recorder.begin(fingerprint(dataset.index), job.resolved)
+        last_saved = None if restored is None else start
+        if state is not None and held_out.owed(start):
+            held_out.score(start, state, last_saved)
+            if done := why_done(job, held_out, start):
+                recorder.message(done)
+                return
+        state = init_state(blueprint, job.train.seed) if state is None else state
         step = compile_step(job, program, recorder)
-        feed = Feed(batch_maker(job, dataset, mesh), start, job.train.steps)
+        feed = Feed(batch_maker(job, dataset, mesh), start, steps)
         cleanup.callback(feed.close)
+        profiler = Profiler(run_dir / "profile", job.logging.profile_steps if primary else None)
+        cleanup.callback(profiler.close)
         clock = Clock(job, mesh)
         pending: Pending | None = None
-        last_saved = None if restored is None else start
+        stopped_early = None
 
         def settle(pending: Pending | None, tokens: float) -> float:
             """Fetch and write the metrics of an update that was dispatched before; the tokens up to it."""
@@ -84,137 +105,83 @@ def run(job: Job) -> None:
                 return tokens
             row = clock.row(pending, tokens, feed.seconds_waited)
             check_finite(row["step"], {name: row[name] for name in ("loss", "grad_norm")}, last_saved)
-            if row["step"] % job.logging.every_steps == 0 or row["step"] == job.train.steps:
-                recorder.train_row(row, last=row["step"] == job.train.steps)
+            if pending.written:
+                recorder.train_row(row, last=row["step"] == steps)
+            if profiler.after(row["step"]):
+                recorder.message(f"profiler trace up to step {row['step']}: {run_dir / 'profile'}")
+                clock.restart()
             return row["tokens"]
 
         if start == 0:
             held_out.score(0, state, last_saved)
         clock.restart()
         for number, batch in enumerate(feed, start + 1):
-            with jax.transfer_guard("disallow"):
+            profiler.before(number)
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=number):
                 state, metrics = step(state, batch)
             tokens = settle(pending, tokens)  # of the update before, while the devices work on this one
-            digest = dataset.batches.hash(number - 1) if job.train.log_batch_hash and primary else None
-            pending = Pending(number, metrics, digest)
-            last = number == job.train.steps
-            evaluate = last or number % job.evaluate.every_steps == 0
+            last = number == steps
+            written = primary and (last or number % job.logging.every_steps == 0)
+            pending = Pending(number, metrics, written, told_of_batch(job, dataset, number - 1) if written else {})
+            evaluate = held_out.due(number)
             stopped = decide(stop.received is not None)
-            if evaluate or stopped or number % job.checkpoint.every_steps == 0:
+            save = last or stopped or number % job.checkpoint.every_steps == 0
+            if evaluate or save:
                 tokens = settle(pending, tokens)
                 pending = None
-                if evaluate:
+                if evaluate and not stopped:  # a process that is told to stop may be killed soon: it saves first
                     held_out.score(number, state, last_saved)
-                if last or stopped or number % job.checkpoint.every_steps == 0:
+                    stopped_early = held_out.reason_to_stop()
+                if is_remote(job.run_dir):
+                    with refused_by_all("make room, or set LMJAX_CACHE to a directory that can be written to"):
+                        if push is not None:
+                            push()
+                if save or stopped_early:
                     saver.save(number, state, checkpoint_metadata(job, dataset, tokens))
                     last_saved = number
                 clock.restart()
-            if stopped and not last:
+            if stopped and (evaluate or not last):
                 saver.wait()
                 raise PreemptedError(
                     f"stopped by a signal after step {number}, which is saved; the same command goes on from there"
                 )
+            if stopped_early:
+                break
         saver.wait()
         waited = feed.seconds_waited / max(clock.total_seconds, 1e-9)
-        recorder.message(
-            f"done: step {job.train.steps}, {tokens:,.0f} tokens; {waited:.2%} of the time spent waiting for data"
+        if stopped_early:
+            recorder.message(f"stopped early after step {last_saved}, which is saved: {stopped_early}")
+        recorder.message(f"done: step {last_saved}, {tokens:,.0f} tokens; waited for data {waited:.2%} of the time")
+
+
+def why_done(job: Job, held_out: HeldOut, step: int) -> str | None:
+    """Why there is nothing left to train after ``step`` updates; None where there is."""
+    if step >= job.train.steps:
+        return f"{job.run_dir}: all {job.train.steps} steps are done; raise train.steps to go on"
+    if reason := held_out.reason_to_stop():
+        return f"{job.run_dir}: stopped early after step {step}: {reason}. Raise the patience to go on"
+    return None
+
+
+def check_beginning(job: Job, start: int) -> None:
+    """Raises InputError where a run that has to begin at step 0 had saved checkpoints, which are gone."""
+    rows = last_step(working_directory(job.run_dir) / "metrics.jsonl")
+    if start or rows < 1:
+        return
+    # A directory on a disk is made before the first step. The checkpoint before the last is durable when that is begun.
+    is_gone = not is_remote(job.run_dir) and not Path(job.run_dir, "checkpoints").exists()
+    if is_gone or rows > 2 * job.checkpoint.every_steps:
+        raise InputError(
+            f"{job.run_dir}: metrics.jsonl goes to step {rows}, but there is no checkpoint: training would begin again "
+            "at step 0 and write these rows anew. Bring run_dir/checkpoints back, or move metrics.jsonl away."
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Pending:
-    """An update that was dispatched and whose metrics were not fetched yet."""
-
-    step: int
-    metrics: StepMetrics
-    batch_hash: str | None
-
-
-class Clock:
-    """Turns fetched metrics into rows of metrics.jsonl, with the times and rates that belong to them."""
-
-    def __init__(self, job: Job, mesh: Mesh):
-        self.total_seconds = 0.0
-        """Of all updates so far, without evaluations and saves."""
-        self._devices = list(mesh.local_devices)
-        peak = peak_flops(self._devices[0].device_kind)
-        self._peak = None if peak is None else peak * mesh.size
-        self._flops = training_flops(job.model, job.train.global_batch_size, job.data.sequence_length)
-        self._log_hash = job.train.log_batch_hash
-        self._waited = 0.0
-        self._last = time.perf_counter()
-
-    def restart(self) -> None:
-        """What happened since the last update is not part of the next."""
-        self._last = time.perf_counter()
-
-    def row(self, pending: Pending, tokens: float, seconds_waited: float) -> dict[str, Any]:
-        metrics = StepMetrics(*(float(value) for value in jax.device_get(pending.metrics)))
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        self.total_seconds += seconds
-        waited, self._waited = seconds_waited - self._waited, seconds_waited
-        memory = [peak for peak in map(device_memory_peak, self._devices) if peak is not None]
-        row = {
-            "step": pending.step,
-            "loss": metrics.loss,
-            "grad_norm": metrics.grad_norm,
-            "learning_rate": metrics.learning_rate,
-            "tokens": tokens + metrics.tokens,
-            "tokens_per_second": metrics.tokens / seconds,
-            "step_seconds": seconds,
-            "data_seconds": waited,
-            "mfu": None if self._peak is None else self._flops / seconds / self._peak,
-            "memory_bytes": max(memory, default=None),
-        }
-        return row | ({"batch_hash": pending.batch_hash} if self._log_hash else {})
-
-
-class HeldOut:
-    """Scores the validation rows and continues the prompts, between updates."""
-
-    def __init__(self, job: Job, program: Program, dataset: Dataset, recorder: Recorder):
-        self._job, self._program, self._dataset, self._recorder = job, program, dataset, recorder
-        counts = dataset.index.token_counts
-        self._evaluate = make_evaluator(program.blueprint, program.execution, program.loss, counts)
-        self._generator = (
-            Generator(program.blueprint, program.execution, dataset.tokenizer) if job.evaluate.prompts else None
-        )
-        self._num_tokens = job.evaluate.sample_tokens or 64
-        self._temperature = 0.8 if job.evaluate.temperature is None else job.evaluate.temperature
-        if self._generator is not None:  # now, and not at the first evaluation after a run has gone on for hours
-            prompts = [self._generator.encode(prompt) for prompt in job.evaluate.prompts]
-            self._generator.check(prompts, self._num_tokens, self._temperature)
-
-    def score(self, step: int, state: TrainState, last_saved: int | None) -> None:
-        """Raises DivergedError for a loss that is not finite, before anything of these parameters is written."""
-        if self._dataset.evaluation is not None:
-            result = self._evaluate(state.params, self._batches())
-            check_finite(step, {"eval_loss": result.eval_loss}, last_saved)
-            self._recorder.evaluation_row({"step": step, **result._asdict()})
-        if self._generator is not None:
-            config = self._job.evaluate
-            samples = self._generator.generate_texts(
-                state.params,
-                config.prompts,
-                max_tokens=self._num_tokens,
-                temperature=self._temperature,
-                seed=self._job.train.seed + step,
-            )
-            rows = zip(config.prompts, samples, strict=True)
-            self._recorder.sample_rows({"step": step, "prompt": prompt, "text": text} for prompt, text in rows)
-
-    def _batches(self) -> Iterator[DeviceBatch]:
-        return evaluation_batches(self._dataset, self._job, self._program.mesh)
-
-
-def evaluation_batches(dataset: Dataset, job: Job, mesh: Mesh) -> Iterator[DeviceBatch]:
-    """The validation rows to score, on the devices, one micro-batch at a time."""
-    source = dataset.evaluation
-    assert source is not None
-    for number in range(source.num_batches):
-        rows = functools.partial(source.rows, number)
-        yield to_devices(rows, source.global_batch_size, job.data.sequence_length, 1, mesh)
+def told_of_batch(job: Job, dataset: Dataset, number: int) -> dict[str, Any]:
+    """What a row says of global batch ``number`` (updates before it)."""
+    mixture = dataset.batches.mixture(number)
+    told: dict[str, Any] = {"mixture": mixture} if mixture else {}
+    return told | ({"batch_hash": dataset.batches.hash(number)} if job.train.log_batch_hash else {})
 
 
 def batch_maker(job: Job, dataset: Dataset, mesh: Mesh) -> Callable[[int], DeviceBatch]:
@@ -233,7 +200,7 @@ def batch_maker(job: Job, dataset: Dataset, mesh: Mesh) -> Callable[[int], Devic
 def compile_step(job: Job, program: Program, recorder: Recorder) -> Any:
     """The compiled step; what it took is told."""
     began = time.perf_counter()
-    step = jax.jit(make_step(program.blueprint, program.execution, program.loss), donate_argnums=0)
+    step = jax.jit(make_step(program.blueprint, program.execution, program.loss, job.train.seed), donate_argnums=0)
     config = job.train
     batch = abstract_batch(config.global_batch_size, job.data.sequence_length, config.accumulation, program.mesh)
     with jax.set_mesh(program.mesh):
@@ -242,21 +209,10 @@ def compile_step(job: Job, program: Program, recorder: Recorder) -> Any:
     return compiled
 
 
-def check_same_data(metadata: dict[str, Any], dataset: Dataset, checkpoint: Path) -> None:
+def check_same_data(metadata: dict[str, Any], dataset: Dataset, checkpoint: epath.Path) -> None:
     """Raises InputError where a checkpoint was trained on another dataset."""
-    found = fingerprint(dataset.index)
-    if metadata["dataset"] != found:
-        raise InputError(
-            f"{checkpoint}: trained on the dataset {metadata['dataset'][:16]}…, but {dataset.directory} is "
-            f"{found[:16]}…. Prepare the same data again, or train in another run_dir."
-        )
+    check_fingerprint(metadata["dataset"], dataset.index, dataset.directory, checkpoint)
 
 
 def checkpoint_metadata(job: Job, dataset: Dataset, tokens: float) -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-    return {
-        "dataset": fingerprint(dataset.index),
-        "tokens": tokens,
-        "config": job.resolved,
-        "versions": {"lmjax": __version__} | {name: importlib.metadata.version(name) for name in packages},
-    }
+    return {"dataset": fingerprint(dataset.index), "tokens": tokens, "config": job.resolved, "versions": versions()}

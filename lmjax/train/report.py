@@ -1,21 +1,18 @@
-"""A run as one HTML file that needs no other: curves, last values, samples and config."""
+"""Runs as one HTML file that needs no other: curves, last values, samples, configs and what they were made with."""
 
 import base64
+import datetime
 import html
-import io
-import json
-import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from etils import epath
+from omegaconf import OmegaConf
 
 from lmjax.errors import InputError
-
-Row = dict[str, Any]
+from lmjax.paths import as_path, is_remote, write_object
+from lmjax.train.curves import draw_curves
+from lmjax.train.records import Records, Row, read_records
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -23,178 +20,191 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
 .curves img { width: 100%; height: auto; } .curves img:first-child { grid-column: 1 / -1; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; border-top: 1px solid #ddd; }
+td { font-variant-numeric: tabular-nums; border-top: 1px solid #ddd; overflow-wrap: anywhere; }
 pre { background: #f6f6f4; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px; }
 pre b { color: #06c; } .note { color: #666; }
 """
 
-
-class Curve(NamedTuple):
-    """One value of the rows of metrics.jsonl over the steps."""
-
-    field: str
-    title: str
-    unit: str
+COMPARED = ("tokens", "loss", "tokens_per_second", "mfu", "memory_bytes", "data_wait_share")
+"""Of the last row of training, where several runs stand side by side."""
 
 
-RATES = (
-    Curve("learning_rate", "Learning rate", ""),
-    Curve("grad_norm", "Norm of the gradient, before clipping", ""),
-    Curve("tokens_per_second", "Speed", "tokens/s"),
-    Curve("mfu", "Model FLOPs utilisation", "of the peak"),
-)
-"""Pictures of their own below the losses; one whose values are all unknown is left out."""
+def write_report(run_dirs: Sequence[str], output: str | None = None) -> epath.Path:
+    """Write the report of one run or the comparison of several, and return its path; unfinished runs may be among them.
 
-
-class Records(NamedTuple):
-    """What a run wrote down."""
-
-    train: list[Row]
-    evaluation: list[Row]
-    samples: list[Row]
-    config: str
-    cut: list[str]
-    """Files whose last line was not written to its end."""
-
-
-def write_report(run_dir: str) -> Path:
-    """Write ``report.html`` into ``run_dir`` and return its path; a run that is not finished may have one too.
-
-    Raises InputError where there is no run, where it has no metrics yet, and for a line that cannot be read. A last
-    line that a kill cut short is left out, and the report says so.
+    Without ``output``, one run has it as ``report.html`` in its directory, several as ``comparison.html`` in the
+    current one. Raises InputError as ``read_records`` does, and for a run that is named twice.
     """
-    directory = Path(run_dir)
-    path = directory / "report.html"
-    text = render(directory.name, read_records(directory))
+    directories = [as_path(run_dir) for run_dir in run_dirs]
+    if len({_whole(directory) for directory in directories}) < len(directories):
+        raise InputError(f"{', '.join(run_dirs)}: a run is named twice. Name each one once.")
+    runs = dict(zip(_names(directories), map(read_records, directories), strict=True))
+    several = len(runs) > 1
+    path = as_path(output or "comparison.html") if output or several else directories[0] / "report.html"
+    text = compare(runs) if several else render(*next(iter(runs.items())))
+    if is_remote(path):
+        write_object(path, text.encode())
+        return path
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no directory {path.parent}. Make it, or name another --output.")
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
     return path
-
-
-def read_records(directory: Path) -> Records:
-    """The files of a run. Raises as ``write_report`` does."""
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such run. Give the directory of a run, such as runs/quickstart.")
-    config = directory / "config.yaml"
-    if not config.exists():
-        raise InputError(f"{directory}: not a run, it has no config.yaml. Give the run_dir of `lmjax train`.")
-    cut: list[str] = []
-    metrics = _read_rows(directory / "metrics.jsonl", cut)
-    if not metrics:
-        raise InputError(f"{directory}: no metrics yet in metrics.jsonl. Train the run first: `lmjax train`.")
-    return Records(
-        train=[row for row in metrics if "loss" in row],
-        evaluation=[row for row in metrics if "eval_loss" in row],
-        samples=_read_rows(directory / "samples.jsonl", cut),
-        config=config.read_text(encoding="utf-8"),
-        cut=cut,
-    )
 
 
 def render(name: str, records: Records) -> str:
     """The HTML of a report about the run ``name``."""
-    title = html.escape(f"Run {name}")
     step = max(row["step"] for row in records.train + records.evaluation)
-    notes = "".join(
-        f'<p class="note">The last line of {html.escape(file)} was not written to its end and is left out.</p>\n'
-        for file in records.cut
-    )
-    pictures = "\n".join(
-        f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for alt, png in draw_curves(records)
-    )
+    parts = [
+        f"<p>After {step:,} updates.</p>",
+        *_notes(records),
+        _pictures({name: records}),
+        f"<h2>Last values</h2>\n{_last_values(records)}",
+        *_samples(records.samples),
+        *_starts(records.starts),
+        f"<h2>Config</h2>\n<pre>{html.escape(records.config)}</pre>",
+    ]
+    return _page(f"Run {name}", parts)
+
+
+def compare(runs: Mapping[str, Records]) -> str:
+    """The HTML of a page that has several runs, by name, in the same pictures and tables."""
+    parts = [
+        *(f'<p class="note">{html.escape(name)}:</p>{note}' for name, run in runs.items() for note in _notes(run)),
+        _pictures(runs),
+        f"<h2>Last values</h2>\n{_side_by_side(runs)}",
+        f"<h2>Where the configs differ</h2>\n{_differences(runs)}",
+    ]
+    for name, records in runs.items():
+        parts += _starts(records.starts, f"{name}: ")
+    return _page(f"Runs {', '.join(runs)}", parts)
+
+
+def _whole(directory: epath.Path) -> str:
+    """The whole path of a run, so that runs/first and . are the same where they are."""
+    return str(directory) if is_remote(directory) else str(directory.resolve())
+
+
+def _names(directories: Sequence[epath.Path]) -> list[str]:
+    """The last parts of the paths; the whole paths where two of them end alike."""
+    names = [_whole(directory).rstrip("/").rpartition("/")[2] for directory in directories]
+    return names if len(set(names)) == len(names) else [str(directory) for directory in directories]
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    title, body = html.escape(title), "\n".join(parts)
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>{STYLE}</style></head>
 <body>
 <h1>{title}</h1>
-<p>After {step:,} updates.</p>
-{notes}<div class="curves">
-{pictures}
-</div>
-<h2>Last values</h2>
-{_last_values(records)}
-{_samples(records.samples)}<h2>Config</h2>
-<pre>{html.escape(records.config)}</pre>
+{body}
 </body>
 </html>
 """
 
 
-def draw_curves(records: Records) -> list[tuple[str, bytes]]:
-    """Each picture as a description and a PNG; the losses first."""
-    pictures = [
-        ("Training and evaluation loss over the updates", _picture((11, 4.5), lambda axes: _loss(axes, records)))
+def _notes(records: Records) -> list[str]:
+    return [
+        f'<p class="note">The last line of {html.escape(file)} was not written to its end and is left out.</p>'
+        for file in records.cut
     ]
-    for curve in RATES:
-        if any(row.get(curve.field) is not None for row in records.train):
-            picture = _picture((6, 3.2), lambda axes, curve=curve: _rate(axes, curve, records.train))
-            pictures.append((f"{curve.title} over the updates", picture))
-    return pictures
 
 
-def _picture(size: tuple[float, float], draw) -> bytes:
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    draw(axes)
-    axes.set_xlabel("finished updates")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    file = io.BytesIO()
-    # No version or date in the file: the same run gives the same bytes.
-    figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
-    return file.getvalue()
+def _pictures(runs: Mapping[str, Records]) -> str:
+    images = [
+        f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for alt, png in draw_curves(runs)
+    ]
+    return "\n".join(['<div class="curves">', *images, "</div>"])
 
 
-def _loss(axes: Axes, records: Records) -> None:
-    axes.set_title("Loss")
-    axes.set_ylabel("nats a token")
-    if records.train:
-        axes.plot(*_points(records.train, "loss"), color="#9db7d5", linewidth=1, label="training")
-    if records.evaluation:
-        style: dict[str, Any] = {"color": "#c0392b", "marker": "o", "markersize": 4}
-        axes.plot(*_points(records.evaluation, "eval_loss"), label="evaluation", **style)
-        unigram = records.evaluation[-1]["unigram_loss"]
-        axes.axhline(unigram, color="#555", linestyle="--", linewidth=1, label=f"unigram loss, {unigram:.3f}")
-    axes.legend(frameon=False)
-
-
-def _rate(axes: Axes, curve: Curve, rows: Sequence[Row]) -> None:
-    axes.set_title(curve.title)
-    axes.set_ylabel(curve.unit)
-    marker = "o" if len(rows) == 1 else None
-    axes.plot(*_points(rows, curve.field), color="#2c5f8a", linewidth=1, marker=marker)
-    axes.set_ylim(bottom=0)
-
-
-def _points(rows: Sequence[Row], field: str) -> tuple[list[int], list[float]]:
-    """Steps and values; a gap where a value is not known."""
-    values = (row.get(field) for row in rows)
-    return [row["step"] for row in rows], [math.nan if value is None else value for value in values]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are text, not markup."""
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return "\n".join(["<table>", *lines, "</table>"])
 
 
 def _last_values(records: Records) -> str:
-    lines = ["<table>"]
-    for title, rows in (("Training", records.train), ("Evaluation", records.evaluation)):
-        if rows:
-            lines.append(f"<tr><th>{title}</th><th></th></tr>")
-            lines += [
-                f"<tr><td>{html.escape(key)}</td><td>{_text(key, value)}</td></tr>" for key, value in rows[-1].items()
-            ]
-    return "\n".join([*lines, "</table>"])
+    return "\n".join(
+        _table((title, ""), [(key, _text(key, value)) for key, value in rows[-1].items()])
+        for title, rows in (("Training", records.train), ("Evaluation", records.evaluation))
+        if rows
+    )
+
+
+def _side_by_side(runs: Mapping[str, Records]) -> str:
+    rows = []
+    for name, records in runs.items():
+        train = records.train[-1] if records.train else {}
+        evaluation = records.evaluation[-1] if records.evaluation else {}
+        best = min((row["eval_loss"] for row in records.evaluation), default=None)
+        updates = max(row["step"] for row in records.train + records.evaluation)
+        last = [_text(key, train.get(key)) for key in COMPARED]
+        rows.append((name, f"{updates:,}", _text("eval_loss", evaluation.get("eval_loss")), _text("loss", best), *last))
+    return _table(("run", "updates", "eval_loss", "best eval_loss", *COMPARED), rows)
+
+
+def _differences(runs: Mapping[str, Records]) -> str:
+    """Every key whose values are not the same in all configs, but for the run's own directory."""
+    configs = [dict(_leaves(OmegaConf.to_container(OmegaConf.create(run.config)))) for run in runs.values()]
+    keys = dict.fromkeys(key for config in configs for key in config if key != "run_dir")
+    rows = []
+    for key in keys:
+        values = [str(config.get(key, "")) for config in configs]
+        if len(set(values)) > 1:
+            rows.append((key, *values))
+    return _table(("", *runs), rows) if rows else "<p>Nowhere.</p>"
+
+
+def _leaves(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by full key; a list is one value."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{above}.{key}" if above else str(key))
+    else:
+        yield above, tree
+
+
+def _starts(starts: Sequence[Row], whose: str = "") -> list[str]:
+    """What each start was made with; nothing where it is not known."""
+    if not starts:
+        return []
+    rows = []
+    for start in starts:
+        commit = start.get("commit")
+        changed = " with changes" if start.get("dirty") else ""
+        versions = ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items() if version)
+        devices = ", ".join(f"{found['count']} {found['kind']}" for found in start.get("devices", ()))
+        rows.append(
+            (
+                str(start.get("time")),
+                f"{start.get('step')}",
+                f"{commit[:12]}{changed}" if commit else "not known",
+                f"{devices}, {start.get('processes')} process(es)",
+                f"{versions}, {start.get('system')}",
+            )
+        )
+    head = ("started (UTC)", "after updates", "commit of lmjax", "devices", "versions")
+    return [f"<h2>{html.escape(whose)}Starts</h2>\n{_table(head, rows)}"]
 
 
 def _text(key: str, value: Any) -> str:
     if value is None:
         return "not known"
+    if key == "time":
+        return datetime.datetime.fromtimestamp(value, datetime.UTC).isoformat(sep=" ", timespec="seconds")
     if isinstance(value, float) and not key.endswith("loss"):  # of losses every digit, to compare bits
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"
-    return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _samples(rows: Sequence[Row]) -> str:
+def _samples(rows: Sequence[Row]) -> list[str]:
     """The samples of the last evaluation, and those before it folded away; nothing without samples."""
     steps = sorted({row["step"] for row in rows}, reverse=True)
     parts = []
@@ -208,44 +218,4 @@ def _samples(rows: Sequence[Row]) -> str:
             parts.append(f"<h2>Samples after {step:,} updates</h2>\n{texts}")
         else:
             parts.append(f"<details><summary>Samples after {step:,} updates</summary>\n{texts}</details>")
-    return "".join(part + "\n" for part in parts)
-
-
-def _read_rows(path: Path, cut: list[str]) -> list[Row]:
-    """The objects of a file of JSON lines, none if it is not there; ``cut`` gets its name if the last one is cut."""
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
-            if number == len(lines) and not line.endswith(b"\n"):
-                cut.append(path.name)
-                break
-            raise InputError(
-                f"{path}, line {number}: not JSON ({error}). Remove the line, or train the run anew."
-            ) from error
-        if problem := _problem(path.name, row):
-            raise InputError(f"{path}, line {number}: {problem}. Remove the line, or train the run anew.")
-        rows.append(row)
-    return rows
-
-
-def _problem(file: str, row: Any) -> str | None:
-    """What keeps ``row`` from being one that a run writes into ``file``."""
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        return "not an object with a step"
-    if file == "samples.jsonl":
-        texts = [row.get(name) for name in ("prompt", "text")]
-        return None if all(isinstance(text, str) for text in texts) else "a sample without prompt and text"
-    if ("loss" in row) == ("eval_loss" in row):
-        return "neither a row of training (loss) nor one of evaluation (eval_loss)"
-    needed = {"loss"} if "loss" in row else {"eval_loss", "unigram_loss"}
-    for name in sorted(needed | {curve.field for curve in RATES}):
-        value = row.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number and (value is not None or name in needed):
-            return f"{name} is {value!r}, not a number"
-    return None
+    return parts

@@ -30,7 +30,8 @@ TWO_PROCESSES = """
     from lmjax.checkpoint.restore import restore
     from lmjax.checkpoint.save import CheckpointConfig, Saver
     from lmjax.errors import InputError
-    from lmjax.mesh import MeshConfig, make_mesh, start_distributed
+    from lmjax.mesh import MeshConfig, make_mesh
+    from lmjax.startup import start_distributed
 
     start_distributed()
     process, directory = jax.process_index(), pathlib.Path(sys.argv[1])

@@ -7,6 +7,7 @@ import pytest
 from lmjax.cli import data, tokenizer
 from lmjax.data.index import read_index
 from lmjax.errors import InputError
+from tests.command import lmjax
 
 CONFIG = """
 run_dir: {root}/run
@@ -89,6 +90,25 @@ def test_inspect_refuses_what_would_have_no_effect_or_has_no_dataset(config, tmp
         data.inspect(str(tmp_path))
     with pytest.raises(InputError, match="no prepared dataset"):
         data.inspect(config)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("kind: csv, path: {}/a.csv", "a.csv has no column 'text'; it has 'id', 'body'"),
+        ("kind: csv, path: {}/a.csv.gz, text_field: body", "a.csv.gz is a broken gzip archive"),
+        ("kind: parquet, path: {}/a.csv", "a.csv is no Parquet file"),
+    ],
+)
+def test_a_source_that_is_not_what_it_is_said_to_be_ends_with_code_2_and_one_message(
+    config, tmp_path, capsys, source, message
+):
+    (tmp_path / "a.csv").write_text("id,body\n1,words\n")
+    (tmp_path / "a.csv.gz").write_text("no archive")
+    assert lmjax("data", "prepare", config, f"data.sources=[{{{source.format(tmp_path)}}}]") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "dataset" / "index.json").exists()
 
 
 def test_a_tokenizer_is_trained_to_a_file_that_prepare_takes(config, tmp_path, capsys):

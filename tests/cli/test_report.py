@@ -22,6 +22,17 @@ def test_report_writes_the_file_and_says_where(tmp_path: Path, capsys: pytest.Ca
     assert "<!doctype html>" in (tmp_path / "report.html").read_text()
 
 
+def test_several_runs_are_compared_in_the_file_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, loss in (("a", 2.5), ("b", 1.5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("run_dir: here\n")
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss}) + "\n")
+    output = str(tmp_path / "both.html")
+    assert end(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--output", output]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert "<h1>Runs a, b</h1>" in (tmp_path / "both.html").read_text()
+
+
 @pytest.mark.fast
 def test_a_directory_that_is_no_run_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert end(["report", str(tmp_path / "absent")]) == 2

@@ -35,7 +35,8 @@ def dataset(make_dataset, documents, packing):
 
 
 def batches(dataset, *, seed=0, global_batch_size=BATCH):
-    return Batches(*dataset, global_batch_size=global_batch_size, seed=seed)
+    directory, index, plan = dataset
+    return Batches(directory, index, [plan], global_batch_size=global_batch_size, seed=seed)
 
 
 def pieces_of(batch):
@@ -186,7 +187,7 @@ def test_no_rows_is_an_error(make_dataset, documents):
     directory, index = make_dataset(train=documents, validation=[])
     plan = ensure_plan(directory, index, split="validation", sequence_length=LENGTH, packing="best_fit")
     with pytest.raises(InputError, match="no documents"):
-        Batches(directory, index, plan, global_batch_size=2, seed=0)
+        Batches(directory, index, [plan], global_batch_size=2, seed=0)
     assert EvaluationBatches(directory, index, plan, global_batch_size=2).num_batches == 0
 
 

@@ -4,8 +4,9 @@ import errno
 
 import pytest
 
-from lmjax.data.files import replacing, sha256_of, write_bytes, writing
+from lmjax.data.files import replacing, write_bytes, writing
 from lmjax.errors import InputError
+from lmjax.paths import sha256_of
 
 pytestmark = pytest.mark.fast
 

@@ -26,7 +26,7 @@ def inspect(dataset, *, packing="best_fit", num_samples=0):
 
 def test_counts_and_lengths(dataset):
     train, validation = inspect(dataset).splits
-    assert train[:4] == ("train", 2, 4, 7 + 29 + 7 + 8)
+    assert train[:5] == ("train", None, 2, 4, 7 + 29 + 7 + 8)
     assert train.tokens_per_document == {
         "0.0": 7,
         "0.05": 7,
@@ -36,11 +36,11 @@ def test_counts_and_lengths(dataset):
         "0.95": 29,
         "1.0": 29,
     }
-    assert validation[:4] == ("validation", 1, 1, 10)
+    assert validation[:5] == ("validation", None, 1, 1, 10)
 
 
 def test_best_fit_stands_beside_concat(dataset):
-    rows = {row[:3]: row[3:] for row in inspect(dataset).packing}
+    rows = {(row.split, row.sequence_length, row.packing): row[4:] for row in inspect(dataset).packing}
     assert len(rows) == 8
     # 29 = 16 + 13; then 8 + 7 share a row, and the other 7 has its own.
     assert rows["train", 16, "best_fit"] == (4, 13, 13 / 64, 1, 1)

@@ -5,7 +5,7 @@ import pytest
 
 from lmjax.data import merge
 from lmjax.data.merge import make_shard, select
-from lmjax.data.parts import PartJob, digest_of
+from lmjax.data.parts import Volume, digest_of
 from lmjax.data.shards import Documents
 
 pytestmark = pytest.mark.fast
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fast
 def make_parts(tmp_path):
     """Parts of training documents, each a word like ``a3``: three tokens, all of them the number of the letter a."""
 
-    def make(*parts: str) -> list[PartJob]:
+    def make(*parts: str) -> list[Volume]:
         jobs = []
         for number, words in enumerate(parts):
             tokens = [np.full(int(word[1:]), ord(word[0]), np.uint16) for word in words.split()]
@@ -27,7 +27,7 @@ def make_parts(tmp_path):
             empty = {f"validation_{name[6:]}": array[:0] for name, array in arrays.items()}
             path = tmp_path / f"part-{number}.npz"
             np.savez(path, **arrays, **empty)
-            jobs.append(PartJob(pieces=(), recipe=None, key=words, path=str(path)))  # pyright: ignore
+            jobs.append(Volume(str(path), words))
         return jobs
 
     return make

@@ -61,7 +61,7 @@ def test_parts_hold_all_documents_in_order_however_they_are_cut(
     monkeypatch.setattr(parts, "BATCH_CHARACTERS", batch_characters)
     monkeypatch.setattr(parts, "MIN_PART_BYTES", part_bytes)
     jobs = part_jobs(files, recipe, tmp_path)
-    assert (len(jobs) == 1) == (part_bytes == 1 << 20)
+    assert (len(jobs) == 2) == (part_bytes == 1 << 20), "one of each source"
     found = {"train": [], "validation": []}
     sums = [make_part(job) for job in jobs]
     assert sums == [read_sums(job.path) for job in jobs]

@@ -55,11 +55,14 @@ def test_documents_that_are_held_out_are_not_sampled(corpus):
     assert held_in == [text for text in everything if split_of(digest_of(text), 0.3) == "train"]
 
 
-def test_training_gives_the_same_bytes_again(corpus):
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_training_gives_the_same_bytes_again(corpus, model_type):
+    trained = SentencePieceTrained(vocab_size=310, model_type=model_type)
     texts = sample(config(corpus))
-    model = train_model(TRAINED, texts)
-    assert model == train_model(TRAINED, texts)
-    assert model != train_model(TRAINED, texts[:20])
+    model = train_model(trained, texts)
+    assert model == train_model(trained, texts)
+    assert model != train_model(trained, texts[:20])
+    assert model != train_model(TRAINED, texts)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from lmjax.data import sources
+from lmjax.data import text_files
 from lmjax.data.config import FilesSource, JsonlSource, StdlibSource
 from lmjax.data.index import SkippedInput
 from lmjax.data.sources import cut, list_files, read_texts
@@ -77,7 +77,7 @@ def test_a_file_name_that_is_no_text_can_be_written_down(tmp_path):
 
 @pytest.mark.parametrize("document_bytes", [1, 5, 64, 1000])
 def test_a_long_file_is_cut_at_ends_of_lines(tmp_path, monkeypatch, document_bytes):
-    monkeypatch.setattr(sources, "DOCUMENT_BYTES", document_bytes)
+    monkeypatch.setattr(text_files, "DOCUMENT_BYTES", document_bytes)
     text = "".join(f"line {number} é 日本 😀{'.' * (number % 13)}\n" for number in range(30)) + "no newline at the end"
     (tmp_path / "a.txt").write_text(text)
     found = texts(FilesSource(path=str(tmp_path)))
@@ -88,10 +88,10 @@ def test_a_long_file_is_cut_at_ends_of_lines(tmp_path, monkeypatch, document_byt
 
 @pytest.mark.parametrize("text", ["日本語" * 40, "😀" * 40, "é" * 40, "a日" * 40])
 def test_a_line_that_does_not_end_is_cut_between_characters(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(sources, "LINE_SEARCH_BYTES", 4)
+    monkeypatch.setattr(text_files, "LINE_SEARCH_BYTES", 4)
     (tmp_path / "a.txt").write_text(text)
     for size in (1, 2, 3, 7, 20):
-        monkeypatch.setattr(sources, "DOCUMENT_BYTES", size)
+        monkeypatch.setattr(text_files, "DOCUMENT_BYTES", size)
         assert "".join(texts(FilesSource(path=str(tmp_path)))) == text
 
 

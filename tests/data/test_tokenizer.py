@@ -8,17 +8,20 @@ import pydantic
 import pytest
 import sentencepiece
 
-from lmjax.data import tokenizer as tokenizers
+from lmjax.data import tokenizer_sentencepiece
+from lmjax.data.sample import train_model
 from lmjax.data.tokenizer import (
     BytesTokenizer,
     ByteTokenizer,
+    HuggingFaceFile,
     SentencePieceFile,
-    SentencePieceTokenizer,
     SentencePieceTrained,
     TokenizerConfig,
     load_tokenizer,
 )
+from lmjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from lmjax.errors import InputError
+from tests.data.tiny_tokenizers import LINES
 
 pytestmark = pytest.mark.fast
 
@@ -46,9 +49,15 @@ def trained(model_bytes):
     return SentencePieceTokenizer(model_bytes, "test")
 
 
-@pytest.fixture(params=["bytes", "sentencepiece"])
-def tokenizer(request, trained):
-    return ByteTokenizer() if request.param == "bytes" else trained
+@pytest.fixture(scope="module")
+def unigram():
+    model = train_model(SentencePieceTrained(vocab_size=320, model_type="unigram"), LINES)
+    return SentencePieceTokenizer(model, "test")
+
+
+@pytest.fixture(params=["bytes", "bpe", "unigram"])
+def tokenizer(request, trained, unigram):
+    return {"bytes": ByteTokenizer(), "bpe": trained, "unigram": unigram}[request.param]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -83,7 +92,7 @@ def test_special_tokens_have_no_text(tokenizer):
 
 
 def test_bytes_that_are_no_text_become_replacement_characters(tokenizer):
-    assert tokenizer.decode(tokenizer.encode("日")[:1]) == "\ufffd"
+    assert tokenizer.decode(tokenizer.encode("한")[:1]) == "\ufffd"
 
 
 def test_indentation_is_few_tokens_and_digits_are_one_each(trained):
@@ -95,11 +104,19 @@ def test_a_long_text_is_cut_without_changing_its_tokens(trained, monkeypatch):
     text = "".join(f"    line  {number}:{' ' * (number % 9)}x = foo(bar)\n" for number in range(300)) + "y" * 500
     whole = trained._processor.encode(text)
     for size in (1, 7, 100, 5000):
-        monkeypatch.setattr(tokenizers, "SEGMENT_CHARACTERS", size)
+        monkeypatch.setattr(tokenizer_sentencepiece, "SEGMENT_CHARACTERS", size)
         assert trained.encode(text) == whole
         assert trained.encode_batch(["a", text]) == [trained.encode("a"), whole]
     half = text.index("line  150") + 2
     assert trained.encode(text[:half]) + trained.encode(text[half:]) != whole, "a cut elsewhere does change them"
+
+
+def test_a_long_text_of_a_unigram_model_is_not_cut(unigram, monkeypatch):
+    text = "".join(f"{' ' * (number % 13)}value = {number}\n" for number in range(300))
+    monkeypatch.setattr(tokenizer_sentencepiece, "SEGMENT_CHARACTERS", 7)
+    assert unigram.encode(text) == unigram._processor.encode(text)
+    assert unigram.encode_batch(["a", text])[1] == unigram._processor.encode(text)
+    assert unigram.decode(unigram.encode(text + "▁" + text)) == text + "▁" + text
 
 
 def test_a_foreign_model_is_used_as_its_makers_use_it(tmp_path):
@@ -173,7 +190,14 @@ def test_a_dataset_whose_tokenizer_was_replaced_is_refused(make_dataset, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "config", [BytesTokenizer(), SentencePieceTrained(vocab_size=512), SentencePieceFile(path="a.model")]
+    "config",
+    [
+        BytesTokenizer(),
+        SentencePieceTrained(vocab_size=512),
+        SentencePieceTrained(vocab_size=512, model_type="unigram"),
+        SentencePieceFile(path="a.model"),
+        HuggingFaceFile(path="tokenizer.json", eos_token="</s>"),
+    ],
 )
 def test_configs_are_told_apart_by_their_kind(config):
     adapter = pydantic.TypeAdapter(TokenizerConfig)
@@ -181,12 +205,21 @@ def test_configs_are_told_apart_by_their_kind(config):
     assert adapter.validate_json(json.dumps(tree)) == config
 
 
+def test_the_options_of_older_datasets_are_those_of_today():
+    """They were written when there was BPE alone, and datasets are compared by them."""
+    tree = pydantic.TypeAdapter(TokenizerConfig).dump_python(SentencePieceTrained(vocab_size=512), mode="json")
+    assert tree == {"kind": "sentencepiece", "vocab_size": 512, "sample_bytes": 16 * 2**20}
+
+
 @pytest.mark.parametrize(
     ("cls", "fields", "message"),
     [
         (SentencePieceTrained, {"vocab_size": 299}, "vocab_size is 299"),
         (SentencePieceTrained, {"vocab_size": 400, "sample_bytes": 0}, "sample_bytes is 0"),
+        (SentencePieceTrained, {"vocab_size": 400, "model_type": "word"}, "model_type"),
         (SentencePieceFile, {"path": ""}, "path is empty"),
+        (HuggingFaceFile, {"path": ""}, "path is empty"),
+        (HuggingFaceFile, {"path": "a.json", "eos_token": ""}, "eos_token is empty"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(cls, fields, message):

@@ -218,7 +218,7 @@ def test_what_cannot_be_continued_is_refused(rng):
 def test_greedy_equals_transformers(rng):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from tests.models.test_parity import as_transformers
+    from tests.models.llama_of_transformers import as_transformers
 
     config = tiny.with_changes(tiny.CONFIG, num_kv_heads=2, max_length=32)
     blueprint = tiny.blueprint_of(config, tiny.mesh_of(1, 1, 1))

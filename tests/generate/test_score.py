@@ -91,7 +91,7 @@ def test_score_does_not_depend_on_mesh_nor_batches(case, rng, monkeypatch):
 def test_score_equals_the_loss_of_transformers(case, rng):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from tests.models.test_parity import as_transformers, theirs
+    from tests.models.llama_of_transformers import as_transformers, theirs
 
     tokens = rng.integers(0, CONFIG.vocab_size, LIMIT)
     logits = torch.from_numpy(theirs(CONFIG, as_transformers(CONFIG, case.arrays), tokens[None]))[0]

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -5,9 +7,9 @@ import pytest
 from lmjax.config.run import load_model
 from lmjax.models.counts import parameter_count, training_flops
 from lmjax.models.decoder import DecoderConfig
-from lmjax.nn.embed import table_rows
 from lmjax.ops.attention_mask import Mask
 from lmjax.train.state import abstract_decoder
+from tests.models.switches import CONFIGS
 from tests.tiny import CONFIG, mesh_of, with_changes
 
 # The sums over the tensors of the published checkpoints.
@@ -24,8 +26,12 @@ PUBLISHED = {
 def tree_count(config: DecoderConfig) -> int:
     """Parameters of the tree that training makes, less the padding of its vocabulary tables."""
     _, params = abstract_decoder(config, mesh_of(1, 1, 1))
-    padding = (table_rows(config.vocab_size) - config.vocab_size) * config.embed_dim
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) - padding * (1 if config.tie_embeddings else 2)
+    rows = dict.fromkeys(("embed", "head", "head_bias"), config.vocab_size) | {"position": config.max_length}
+    count = 0
+    for path, leaf in jax.tree.leaves_with_path(params):
+        table = path[0].key
+        count += math.prod((rows[table], *leaf.shape[1:])) if table in rows else leaf.size
+    return count
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -44,7 +50,15 @@ def test_parameter_count_is_the_published_one(name):
     ],
 )
 def test_parameter_count_is_the_size_of_the_tree(changes):
-    config = with_changes(CONFIG, **changes)
+    check_count(with_changes(CONFIG, **changes))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameter_count_with_every_switch_is_the_size_of_the_tree(name):
+    check_count(CONFIGS[name])
+
+
+def check_count(config: DecoderConfig) -> None:
     assert parameter_count(config) == tree_count(config)
     assert parameter_count(config) != tree_count(with_changes(config, mlp_dim=config.mlp_dim + 1))
 
@@ -56,7 +70,7 @@ def test_training_flops_are_those_of_every_product(length):
     config = with_changes(CONFIG, num_layers=3, layer_pattern=("sliding", "full"), sliding_window=4)
     window, whole = Mask(window=4), Mask()
     positions = np.arange(length)
-    pairs = sum(int(mask.visible(positions, positions).sum()) for mask in (window, whole, window))
+    pairs = sum(int(mask.visible(positions[:, None] - positions).sum()) for mask in (window, whole, window))
     _, params = abstract_decoder(config, mesh_of(1, 1, 1))
     matrices = sum(leaf.size for leaf in jax.tree.leaves(params["segments"]) if leaf.ndim > 2)
     matrices += config.vocab_size * config.embed_dim

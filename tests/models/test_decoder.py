@@ -4,16 +4,22 @@ import numpy as np
 import pytest
 
 from lmjax.errors import InputError
-from lmjax.models.decoder import DecoderConfig, Segment
+from lmjax.models.config import DecoderConfig, Segment
 from lmjax.models.remat import RematConfig
-from lmjax.train.step import DeviceBatch, loss_sums
+from lmjax.nn.rope_scaling import LinearScaling, LongRopeScaling
+from lmjax.train.step import DeviceBatch, loss_sums, row_keys
 from tests import tiny
+from tests.models.switches import CONFIGS
 from tests.tiny import CONFIG, FLOAT32, LOSS
 
 LENGTH = 12
+NO_THETA = {"rope_theta": 10_000.0}
+"""The default, since any other goes with rotary positions only."""
 
 
-def dependence(config: DecoderConfig, rng: np.random.Generator, segment_ids: np.ndarray) -> np.ndarray:
+def dependence(
+    config: DecoderConfig, rng: np.random.Generator, segment_ids: np.ndarray, prefix: np.ndarray | None = None
+) -> np.ndarray:
     """[t, j]: how strongly the output at position t depends on the token at position j.
 
     The tokens differ, so that each position has a row of the embedding table to itself, and that row's gradient tells.
@@ -22,13 +28,14 @@ def dependence(config: DecoderConfig, rng: np.random.Generator, segment_ids: np.
     params = tiny.state_of(blueprint, tiny.random_params(blueprint, rng)).params
     mesh = blueprint.mesh
     tokens, segment_ids = tiny.by_rows(mesh, np.arange(LENGTH, dtype=np.int32)[None], segment_ids)
+    prefix = None if prefix is None else tiny.by_rows(mesh, prefix)[0]
     direction = rng.standard_normal(config.embed_dim).astype(np.float32)
 
     @jax.jit
     @jax.grad
     def gradient(table, position):
         decoder = blueprint.decoder({**params, "embed": {"table": table}})
-        hidden = decoder.hidden(tokens, tokens, segment_ids, FLOAT32)
+        hidden = decoder.hidden(tokens, tokens, segment_ids, FLOAT32, prefix_BT=prefix)
         return jnp.sum(hidden * (jnp.arange(LENGTH) == position)[None, :, None] * direction)
 
     with jax.set_mesh(mesh):
@@ -44,10 +51,17 @@ def dependence(config: DecoderConfig, rng: np.random.Generator, segment_ids: np.
         ({"layer_pattern": ("sliding",), "sliding_window": 3}, 5),
         # The third layer is a segment of its own: what is left of the pattern. 2 + 2 positions, and all.
         ({"layer_pattern": ("sliding", "full"), "sliding_window": 3, "num_layers": 3}, LENGTH),
+        ({"position": "alibi", "layer_pattern": ("sliding",), "sliding_window": 3, "residual": "parallel"}, 5),
+        pytest.param({"position": "learned", "residual": "parallel_shared_norm"}, LENGTH, marks=pytest.mark.slow),
+        pytest.param({"position": "sinusoidal", "norm_placement": "post"}, LENGTH, marks=pytest.mark.slow),
+        pytest.param(
+            {"position": "none", "attention_sinks": True, "attention_softcap": 5.0}, LENGTH, marks=pytest.mark.slow
+        ),
+        pytest.param({"rope_interleaved": True, "norm_placement": "sandwich"}, LENGTH, marks=pytest.mark.slow),
     ],
 )
 def test_a_position_sees_itself_and_what_its_layers_let_through(changes, view, rng):
-    config = tiny.with_changes(CONFIG, num_kv_heads=2, **changes)
+    config = tiny.with_changes(CONFIG, num_kv_heads=2, **NO_THETA, **changes)
     found = dependence(config, rng, np.ones((1, LENGTH), np.int32)) > 0
     distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
     np.testing.assert_array_equal(found, (distance >= 0) & (distance < view))
@@ -58,6 +72,26 @@ def test_a_position_sees_nothing_of_another_document(rng):
     found = dependence(CONFIG, rng, segment_ids) > 0
     expected = np.tril(segment_ids[0][:, None] == segment_ids[0]) & (segment_ids[0] > 0)
     np.testing.assert_array_equal(found, expected | np.eye(LENGTH, dtype=bool))  # padding has its own residual stream
+
+
+@pytest.mark.parametrize("changes", [{}, {"position": "alibi", "attention_sinks": True}], ids=["rope", "alibi"])
+def test_the_tokens_of_a_prefix_see_each_other_and_what_follows_does_not_leak(changes, rng):
+    config = tiny.with_changes(CONFIG, **NO_THETA, **changes)
+    segment_ids = np.repeat([1, 2, 0], [6, 4, 2])[None].astype(np.int32)
+    prefix = np.repeat([True, False, True, False], [4, 2, 2, 4])[None]
+    found = dependence(config, rng, segment_ids, prefix) > 0
+    sees = np.tril(np.ones((LENGTH, LENGTH), bool)) | prefix[0]
+    sees &= (segment_ids[0][:, None] == segment_ids[0]) & (segment_ids[0] > 0)
+    np.testing.assert_array_equal(found, sees | np.eye(LENGTH, dtype=bool))
+    assert found[0, 3]
+    assert not found[:4, 4:].any()
+
+
+def test_a_prefix_with_a_sliding_layer_is_refused(rng):
+    config = tiny.with_changes(CONFIG, layer_pattern=("sliding",), sliding_window=3)
+    ones = np.ones((1, LENGTH), np.int32)
+    with pytest.raises(InputError, match="a prefix goes with a causal mask without a window"):
+        dependence(config, rng, ones, ones.astype(bool))
 
 
 def hidden_states(config, batch, rng):
@@ -72,8 +106,18 @@ def hidden_states(config, batch, rng):
         return [np.asarray(run(params, *tiny.by_rows(blueprint.mesh, *inputs))) for inputs in batch]
 
 
-def test_a_packed_row_equals_its_documents_run_apart(rng):
-    config = tiny.with_changes(CONFIG, layer_pattern=("sliding", "full"), sliding_window=4)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position": "rope", "rope_theta": 100.0},
+        {"position": "alibi", "num_heads": 6},
+        {"position": "learned", "attention_sinks": True},
+        pytest.param({"position": "sinusoidal"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: changes["position"],
+)
+def test_a_packed_row_equals_its_documents_run_apart(changes, rng):
+    config = tiny.with_changes(CONFIG, **(NO_THETA | changes), layer_pattern=("sliding", "full"), sliding_window=4)
     first, second = 5, 7
     tokens = rng.integers(0, config.vocab_size, (1, LENGTH)).astype(np.int32)
     segment_ids = np.repeat([1, 2], [first, second])[None].astype(np.int32)
@@ -95,14 +139,25 @@ def test_a_packed_row_equals_its_documents_run_apart(rng):
     assert np.abs(mixed - apart)[:, first:].max() > 1e-2
 
 
-def test_scan_equals_unrolled(rng):
-    config = tiny.with_changes(CONFIG, num_layers=5, layer_pattern=("sliding", "full"), sliding_window=3)
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny.with_changes(
+            CONFIG, num_layers=5, layer_pattern=("sliding", "full"), sliding_window=3, qkv_bias=True, dropout=0.3
+        ),
+        *(pytest.param(config, marks=pytest.mark.slow) for config in CONFIGS.values()),
+    ],
+    ids=["sliding, full", *CONFIGS],
+)
+def test_scan_equals_unrolled(config, rng):
+    """And the block's input kept equals everything kept; dropout, where there is some, zeroes the same."""
     blueprint = tiny.blueprint_of(config, tiny.mesh_of(1, 1, 1))
     params = tiny.state_of(blueprint, tiny.random_params(blueprint, rng)).params
     batch = DeviceBatch(*tiny.by_rows(blueprint.mesh, *(field[:2] for field in tiny.packed_batch(rng, config))))
 
     def loss(params, execution):
-        return loss_sums(blueprint.decoder(params), batch, execution, LOSS).loss
+        keys = row_keys(jax.random.key(0), 1, 2)[0]
+        return loss_sums(blueprint.decoder(params), batch, execution, LOSS, keys).loss
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     unrolled = tiny.execution(scan_layers=False, remat=RematConfig(policy="none"))
@@ -111,6 +166,8 @@ def test_scan_equals_unrolled(rng):
         found, grads = gradient(params, unrolled)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     tiny.assert_trees_close(grads, expected_grads, 1e-5)
+    if config.segments[0].repeats == 1:
+        return
     swapped = jax.tree.map(lambda leaf: leaf[::-1], params["segments"][0])  # the depth of a layer matters
     with jax.set_mesh(blueprint.mesh):
         other, _ = gradient({**params, "segments": {**params["segments"], 0: swapped}}, FLOAT32)
@@ -150,8 +207,50 @@ def test_segments_are_whole_patterns_and_the_rest(num_layers, pattern, segments)
         ({"mlp_dim": "48"}, "valid integer"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         ({"init": "xavier"}, "'gpt2' or 'olmo2'"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0; it has to be above 0"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon is 0.0"),
+        ({"attention_softcap": 0.0}, "attention_softcap is 0.0"),
+        ({"logit_softcap": -1.0}, "logit_softcap is -1.0"),
+        ({"qkv_clip": -1.0}, "qkv_clip is -1.0"),
+        ({"query_scale": 0.0}, "query_scale is 0.0"),
+        ({"residual_multiplier": 0.0}, "residual_multiplier is 0.0"),
+        ({"dropout": 1.0}, "dropout is 1.0; it has to be at least 0 and below 1"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"norm": "batch"}, "'rms' or 'layer'"),
+        ({"norm_bias": True}, "norm_bias is true and norm is rms"),
+        ({"norm_placement": "sandwich", "residual": "parallel"}, "residual is parallel and norm_placement is sandwich"),
+        ({"norm_placement": "post", "residual": "parallel_shared_norm"}, "set norm_placement=pre"),
+        ({"activation": "swish"}, "'silu', 'gelu', 'gelu_tanh' or 'relu'"),
+        ({"position": "alibi"}, "rope_theta has an effect with position=rope only, not alibi"),
+        ({"position": "none", **NO_THETA, "rope_fraction": 0.5}, "rope_fraction has an effect with position=rope only"),
+        ({"position": "learned", **NO_THETA, "rope_interleaved": True}, "rope_interleaved has an effect"),
+        ({"position": "alibi", **NO_THETA, "rope_scaling": LinearScaling(factor=2.0)}, "rope_scaling has an effect"),
+        ({"alibi_max": 6.0}, "alibi_max has an effect with position=alibi only, not rope"),
+        ({"alibi_scale": 2.0}, "alibi_scale has an effect with position=alibi only, not rope"),
+        ({"position": "sinusoidal", **NO_THETA, "embed_dim": 33}, "embed_dim is 33"),
+        ({"rope_fraction": 1.5}, "rope_fraction is 1.5; it is a part of a head, so at most 1"),
+        ({"rope_fraction": 0.25}, "head_dim x rope_fraction, is 1"),
+        ({"rope_fraction": 0.1}, "head_dim x rope_fraction, is 0"),
+        ({"rope_theta_sliding": 10.0}, "rope_theta_sliding has an effect in sliding blocks only"),
+        (
+            {
+                "rope_scaling": LongRopeScaling(
+                    short_factors=(1.0,), long_factors=(2.0,), original_length=8, attention_factor=1.0
+                )
+            },
+            "rope_scaling has 1 factors and a head 2 rotated pairs",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         tiny.with_changes(CONFIG, **changes)
+
+
+@pytest.mark.fast
+def test_attention_features_are_those_of_the_kind_of_block():
+    config = CONFIGS["rope"]
+    assert config.attention_features("full") == {"causal", "segments", "softcap", "sinks"}
+    assert config.attention_features("sliding") == {"causal", "segments", "softcap", "sinks", "window"}
+    assert CONFIGS["alibi"].attention_features("full") == {"causal", "segments", "alibi", "sinks"}
+    assert CONFIG.attention_features("full") == {"causal", "segments"}

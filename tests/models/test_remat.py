@@ -5,7 +5,7 @@ import pytest
 
 from lmjax.errors import InputError
 from lmjax.models.remat import RematConfig
-from lmjax.train.step import DeviceBatch, loss_sums
+from lmjax.train.step import DeviceBatch, loss_sums, row_keys
 from tests import tiny
 from tests.tiny import CONFIG, LOSS
 
@@ -21,15 +21,16 @@ POLICIES = {
 
 @pytest.fixture(scope="module")
 def problem(request):
-    """Parameters, and the loss as a function of them and of a remat policy."""
+    """Parameters, and the loss as a function of them and of a remat policy; with dropout, if asked for."""
     rng = tiny.generator(request)
-    blueprint = tiny.blueprint_of(CONFIG, tiny.mesh_of(1, 1, 1))
+    blueprint = tiny.blueprint_of(tiny.with_changes(CONFIG, dropout=0.2), tiny.mesh_of(1, 1, 1))
     params = tiny.state_of(blueprint, tiny.random_params(blueprint, rng)).params
     batch = DeviceBatch(*tiny.by_rows(blueprint.mesh, *(field[:2] for field in tiny.packed_batch(rng, CONFIG))))
 
-    def loss(params, remat, scan_layers=True):
+    def loss(params, remat, scan_layers=True, dropout=False):
         execution = tiny.execution(remat=remat, scan_layers=scan_layers)
-        return loss_sums(blueprint.decoder(params), batch, execution, LOSS).loss
+        keys = row_keys(jax.random.key(3), 1, 2)[0] if dropout else None
+        return loss_sums(blueprint.decoder(params), batch, execution, LOSS, keys).loss
 
     with jax.set_mesh(blueprint.mesh):
         yield params, loss
@@ -52,6 +53,18 @@ def test_every_policy_gives_the_same_gradients(name, problem, unsaved):
     tiny.assert_trees_close(grads, unsaved[1], 1e-5)
     with pytest.raises(AssertionError):
         tiny.assert_trees_close(jax.tree.map(lambda leaf: leaf * 1.001, grads), unsaved[1], 1e-5)
+
+
+@pytest.mark.slow
+def test_the_backward_pass_zeroes_what_the_forward_pass_zeroed(problem, unsaved):
+    params, loss = problem
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2, 3))
+    value, expected = gradient(params, NONE, True, True)
+    assert abs(float(value - unsaved[0])) > 1e-3 * abs(float(unsaved[0]))
+    for name, policy in POLICIES.items():
+        found, grads = gradient(params, policy, True, True)
+        assert abs(float(found - value)) <= 1e-6 * abs(float(value)), name
+        tiny.assert_trees_close(grads, expected, 1e-5)
 
 
 def residual_bytes(loss, params, remat, scan_layers) -> int:

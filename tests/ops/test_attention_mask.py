@@ -18,7 +18,7 @@ pytestmark = pytest.mark.fast
 )
 def test_visible_keys(mask, sees):
     queries, keys = np.arange(2, 9), np.arange(6)
-    assert mask.visible(queries, keys).tolist() == [[sees(i, j) for j in keys] for i in queries]
+    assert mask.visible(queries[:, None] - keys).tolist() == [[sees(i, j) for j in keys] for i in queries]
 
 
 def test_padding_sees_nothing_and_is_not_seen():

@@ -23,7 +23,7 @@ EXPERIMENT = {
     "model": {"vocab_size": 259, "max_length": 64, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 64},
     "tokenizer": {"kind": "bytes"},
     "precision": {"compute": "float32"},
-    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
     "train": {"steps": 6, "global_batch_size": 8, "log_batch_hash": True},
     "evaluate": {"every_steps": 3, "max_rows": 4},
     "checkpoint": {"every_steps": 2, "keep_last": 3},

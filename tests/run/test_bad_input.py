@@ -86,7 +86,9 @@ def test_a_run_that_was_refused_before_it_began_takes_the_repaired_config(
 ):
     assert "lmjax data prepare" in refused(capsys, "train", experiment("run"), f"data.path={tmp_path}/misspelt")
     assert lmjax("train", experiment("run", train={"steps": 1})) == 0
-    assert "data.path" in refused(capsys, "train", experiment("run"), f"data.path={tmp_path}/misspelt")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert "lmjax data prepare" in refused(capsys, "train", experiment("run"), f"data.path={tmp_path}/misspelt")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
 def test_a_run_directory_that_was_moved_goes_on(experiment: Experiment, tmp_path: Path):

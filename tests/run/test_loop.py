@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lmjax.errors import InputError
-from lmjax.train import loop
+from lmjax.train import held_out, loop
 from lmjax.train.metrics import Recorder
 from lmjax.train.step import StepMetrics
 from tests.command import lmjax
@@ -49,11 +49,12 @@ def test_a_run_writes_its_files_and_a_second_start_says_that_it_is_done(
 ):
     names = {path.name for path in whole.iterdir()}
     assert names >= {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "log.txt", "report.html"}
+    assert names >= {"tensorboard", "run.json"}
     found = rows(whole)
     assert [row["step"] for row in found if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in found if "eval_loss" in row] == [0, 3, 6]
     keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "step_seconds", "mfu"}
-    keys |= {"memory_bytes", "batch_hash"}
+    keys |= {"memory_bytes", "batch_hash", "data_wait_share"}
     assert all(keys <= set(row) for row in found if "loss" in row)
     evaluation = [row for row in found if "eval_loss" in row]
     assert all({"step", "eval_loss", "perplexity", "unigram_loss"} <= set(row) for row in evaluation)
@@ -162,7 +163,7 @@ def test_a_loss_that_is_not_finite_exits_3_with_the_last_checkpoint_intact(
 def test_an_evaluation_that_is_not_finite_exits_3_and_its_parameters_are_not_saved(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    make = loop.make_evaluator
+    make = held_out.make_evaluator
 
     def make_spoiled(*arguments):
         evaluate = make(*arguments)
@@ -174,7 +175,7 @@ def test_an_evaluation_that_is_not_finite_exits_3_and_its_parameters_are_not_sav
 
         return spoiled
 
-    monkeypatch.setattr(loop, "make_evaluator", make_spoiled)
+    monkeypatch.setattr(held_out, "make_evaluator", make_spoiled)
     assert lmjax("train", experiment("diverged")) == 3
     assert "step 6: eval_loss is nan; the run is stopped and the checkpoint of step 4" in capsys.readouterr().err
     run = tmp_path / "diverged"

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from lmjax.errors import InputError
-from lmjax.train.report import draw_curves, read_records, write_report
+from lmjax.train.curves import CURVES, draw_curves
+from lmjax.train.records import RATES, read_records
+from lmjax.train.report import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -53,7 +55,7 @@ def test_a_report_holds_curves_values_samples_and_config(tmp_path: Path):
     ]
     rows = [evaluation_row(0), *(train_row(step) for step in (1, 2, 3)), evaluation_row(3)]
     run = make_run(tmp_path / "a<b>", rows, samples)
-    assert write_report(str(run)) == run / "report.html"
+    assert write_report([str(run)]) == run / "report.html"
     text = (run / "report.html").read_text(encoding="utf-8")
     found = pictures(text)
     assert [alt.split(" over")[0] for alt in found] == [
@@ -79,7 +81,7 @@ def test_a_report_holds_curves_values_samples_and_config(tmp_path: Path):
 
 def test_a_run_that_was_only_evaluated_has_a_report(tmp_path: Path):
     run = make_run(tmp_path / "run", [evaluation_row(0)])
-    text = write_report(str(run)).read_text(encoding="utf-8")
+    text = write_report([str(run)]).read_text(encoding="utf-8")
     assert len(pictures(text)) == 1
     assert "Samples" not in text
 
@@ -88,7 +90,7 @@ def test_a_known_mfu_has_a_picture_and_the_pictures_show_the_values(tmp_path: Pa
     drawn = []
     for name, changes in (("a", {}), ("b", {"mfu": 0.4, "loss": 7.0})):
         run = make_run(tmp_path / name, [train_row(1), train_row(2, **changes)])
-        drawn.append({alt.split(" over")[0]: png for alt, png in draw_curves(read_records(run))})
+        drawn.append({alt.split(" over")[0]: png for alt, png in draw_curves({"run": read_records(run)})})
     a, b = drawn
     assert b.keys() - a.keys() == {"Model FLOPs utilisation"}
     assert a["Speed"] == b["Speed"]
@@ -124,15 +126,79 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, problem: str):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(line + "\n" + json.dumps(train_row(3)) + "\n")
     with pytest.raises(InputError, match=re.escape(problem)):
-        write_report(str(run))
+        write_report([str(run)])
     assert not (run / "report.html").exists()
 
 
 @pytest.mark.fast
 def test_what_is_no_run_or_has_no_metrics_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="no such run"):
-        write_report(str(tmp_path / "absent"))
+        write_report([str(tmp_path / "absent")])
     with pytest.raises(InputError, match="no config.yaml"):
-        write_report(str(tmp_path))
+        write_report([str(tmp_path)])
     with pytest.raises(InputError, match="no metrics yet"):
-        write_report(str(make_run(tmp_path / "run", [])))
+        write_report([str(make_run(tmp_path / "run", []))])
+
+
+def test_several_runs_of_unequal_length_stand_in_the_same_pictures(tmp_path: Path):
+    long = make_run(tmp_path / "long", [evaluation_row(0), *(train_row(step) for step in (1, 2, 3)), evaluation_row(3)])
+    short = make_run(tmp_path / "<short>", [evaluation_row(0), train_row(1, loss=7.5)])
+    (short / "config.yaml").write_text("run_dir: other\ntrain:\n  steps: 1\n  seed: 5\n")
+    (long / "config.yaml").write_text("run_dir: this\ntrain:\n  steps: 3\n  seed: 5\n")
+    output = tmp_path / "both.html"
+    assert write_report([str(long), str(short)], str(output)) == output
+    text = output.read_text(encoding="utf-8")
+    assert "<short>" not in text
+    assert text.count("<img") == len(pictures(text)) == 4
+    assert "<tr><td>train.steps</td><td>3</td><td>1</td></tr>" in text
+    assert "train.seed" not in text
+    assert "run_dir" not in text
+    assert f"<tr><td>long</td><td>3</td><td>{4.0 - 3!r}</td>" in text
+    assert "<td>7.5</td>" in text
+    both = draw_curves({"long": read_records(long), "short": read_records(short)})
+    assert not {png for _, png in both} & {png for _, png in draw_curves({"long": read_records(long)})}
+    assert not (long / "report.html").exists()
+
+
+@pytest.mark.fast
+def test_a_run_that_is_named_twice_and_an_output_without_a_directory_are_refused(tmp_path: Path):
+    run = make_run(tmp_path / "run", [train_row(1)])
+    with pytest.raises(InputError, match="named twice"):
+        write_report([str(run), f"{run}/"])
+    with pytest.raises(InputError, match="there is no directory"):
+        write_report([str(run)], str(tmp_path / "absent" / "report.html"))
+
+
+@pytest.mark.fast
+def test_runs_whose_directories_end_alike_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lmjax.train.report.draw_curves", lambda runs: [])
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        make_run(tmp_path / parent / "run", [train_row(1)])
+    monkeypatch.chdir(tmp_path)
+    assert write_report(["a/run", "b/run"]) == Path("comparison.html")
+    assert "<h1>Runs a/run, b/run</h1>" in Path("comparison.html").read_text()
+
+
+@pytest.mark.fast
+def test_each_start_is_shown_with_its_commit_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lmjax.train.report.draw_curves", lambda runs: [])
+    run = make_run(tmp_path / "run", [train_row(1)])
+    start = {"time": "2026-01-02T03:04:05+00:00", "step": 0, "commit": "0123456789abcdef", "dirty": True}
+    start |= {
+        "versions": {"jax": "9.9", "libtpu": None},
+        "devices": [{"platform": "tpu", "kind": "TPU v9", "count": 4}],
+    }
+    record = {"id": "a", "starts": [start, start | {"step": 1, "commit": None, "dirty": None}]}
+    (run / "run.json").write_text(json.dumps(record))
+    text = write_report([str(run)]).read_text(encoding="utf-8")
+    assert "<td>0123456789ab with changes</td>" in text
+    assert "<td>not known</td>" in text
+    assert "4 TPU v9" in text
+    assert "jax 9.9" in text
+    assert "libtpu" not in text
+
+
+@pytest.mark.fast
+def test_what_is_drawn_is_checked_to_be_numbers():
+    assert {curve.field for curve in CURVES} == set(RATES)

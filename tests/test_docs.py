@@ -1,0 +1,131 @@
+"""Every command of docs/ runs as it is written, on a small corpus and with small sizes put behind it."""
+
+import gzip
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lmjax.config import load
+from tests.command import lmjax
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("data", "configs", "models", "training", "generation")
+SMALL = {
+    "model.vocab_size": 384,
+    "model.max_length": 128,
+    "model.embed_dim": 32,
+    "model.num_layers": 2,
+    "model.num_heads": 4,
+    "model.mlp_dim": 64,
+    "data.sequence_length": 64,
+    "data.num_workers": 1,
+    "data.validation_fraction": 0.2,
+    "optimizer.warmup_steps": 1,
+    "train.global_batch_size": 8,
+    "train.steps": 4,
+    "evaluate.every_steps": 4,
+    "evaluate.max_rows": 4,
+    "evaluate.sample_tokens": 4,
+    "checkpoint.every_steps": 4,
+    "logging.progress": "lines",
+}
+"""What an experiment of the docs has in place of its own sizes, so that it takes seconds."""
+
+SYLLABLES = ("token", "mo", "del", "row", "ba", "tch", "lo", "ss")
+AFTER = {"generation": "training"}
+"""A page that goes on where another one ended."""
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    note: str
+    """What stands behind the language, such as exit=2."""
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    return [Block(*found) for found in re.findall(r"^```(\w+) ?(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)]
+
+
+def commands(block: Block) -> list[list[str]]:
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def small(words: list[str]) -> list[str]:
+    """A command that takes a config, with the sizes behind it: those that it gives itself stay."""
+    configs = [word for word in words if word.endswith((".yaml", ".gin"))]
+    if not configs:
+        return words
+    given = {word.partition("=")[0] for word in words}
+    sizes = [f"{key}={value}" for key, value in SMALL.items() if key not in given]
+    at = words.index(configs[0]) + 1
+    return [*words[:at], *sizes, *words[at:]]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the texts that the pages speak of, where configs/ and launch/ are found."""
+    for name in ("configs", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("texts", "chats"):
+        (tmp_path / name).mkdir()
+    ends = ("", "s", "ed", "ing", "er")
+    words = [first + second + end for first in SYLLABLES for second in SYLLABLES for end in ends]
+    texts = [" ".join(words[(7 * i + 11 * j) % len(words)] for j in range(20 + i)) + f" {i}." for i in range(30)]
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number:03d}.txt").write_text(text)
+    rows = [{"title": f"Chat {number}", "message": {"content": text[::-1]}} for number, text in enumerate(texts)]
+    (tmp_path / "chats" / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    (tmp_path / "table.csv").write_text(
+        "id,body\n" + "".join(f'{i},"{text.upper()}"\n' for i, text in enumerate(texts))
+    )
+    (tmp_path / "table.csv.txt").write_text("\n".join(texts))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the "}\n{"prompt": "one row"}\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in AFTER.values()])
+def test_every_command_of_a_page_runs(page: str, workplace: Path, capsys: pytest.CaptureFixture[str]):
+    for name in [AFTER[page], page] if page in AFTER else [page]:
+        assert run(name, workplace, capsys) >= 4
+
+
+def run(page: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> int:
+    """Write the files of a page and run its commands, in order. Returns how many there were."""
+    ran = 0
+    for block in blocks(page):
+        if block.language in ("yaml", "gin"):
+            (workplace / block.text.partition("\n")[0].removeprefix("# ")).write_text(block.text)
+        for words in commands(block) if block.language == "sh" else ():
+            ran += 1
+            if block.note == "launch":
+                check_launch(words)
+                continue
+            assert words[0] == "lmjax", words
+            code = lmjax(*small(words[1:]))
+            output = capsys.readouterr()
+            assert code == (2 if block.note == "exit=2" else 0), f"{shlex.join(words)}\n{output.err[-2000:]}"
+            assert code == 0 or output.err.startswith("lmjax: ")
+    return ran
+
+
+def check_launch(words: list[str]) -> None:
+    """The launcher is there, and the command that it starts has a config that loads."""
+    assert any((ROOT / word).is_file() for word in words if word.startswith("launch/")), words
+    if "train" in words:
+        at = words.index("train")
+        assert words[at - 1] == "lmjax"
+        load(words[at + 1], words[at + 2 :])
+
+
+def test_every_page_is_tested():
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == {*PAGES, "architecture"}
