@@ -35,7 +35,7 @@ env: $(VENV)/.ready ## make the environment in .venv (or $VENV)
 	touch "$@"
 
 .PHONY: quickstart
-# Memory in huge pages: on a CPU a step is up to a tenth faster (benchmarks/cpu_vs_torch.py).
+# Memory in huge pages, as benchmarks/cpu_vs_torch.py has it.
 quickstart: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 quickstart: env ## train a small model on Python's own library, from text to samples
 	$(bin)/lmjax data prepare configs/quickstart.yaml

@@ -55,14 +55,14 @@ class Block(nnx.Module):
         attention_key, mlp_key = jax.random.split(key)
         output_std = residual_std(config.init, config.num_layers)
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
-        shared = config.residual == "parallel_shared_norm"
         self.kind: BlockKind = kind
         self.is_parallel = config.residual != "sequential"
+        self.shares_norm = config.residual == "parallel_shared_norm"
         self.multiplier = config.residual_multiplier
         self.attention_norm = make_norm(config) if before else None
         self.attention = Attention(config.attention(kind), output_std=output_std, key=attention_key)
         self.attention_post_norm = make_norm(config) if after else None
-        self.mlp_norm = make_norm(config) if before and not shared else None
+        self.mlp_norm = make_norm(config) if before and not self.shares_norm else None
         self.mlp = MLP(
             config.embed_dim,
             config.mlp_dim,
@@ -80,25 +80,19 @@ class Block(nnx.Module):
         """``layer`` is the number of this block, from 0."""
         x_BTD = tag(x_BTD, "block_input")
         with jax.named_scope("attention"):
-            normed_BTD = whole_sequences(x_BTD if self.attention_norm is None else self.attention_norm(x_BTD))
+            normed_BTD = whole_sequences(normed(self.attention_norm, x_BTD))
             rotation = forward.rotations[self.kind]
             y_BTD, cache = self.attention(normed_BTD, forward.rows, rotation, forward.execution, cache, forward.write)
-        mlp_input_BTD = x_BTD
-        x_BTD = x_BTD + self._branch(y_BTD, self.attention_post_norm, forward.dropout, 2 * layer + 1)
+        attended_BTD = x_BTD + self._branch(y_BTD, self.attention_post_norm, forward.dropout, 2 * layer + 1)
         with jax.named_scope("mlp"):
-            if not self.is_parallel:
-                mlp_input_BTD = x_BTD
-            if self.mlp_norm is not None:
-                normed_BTD = whole_sequences(self.mlp_norm(mlp_input_BTD))
-            elif not self.is_parallel:  # else the norm is shared with attention
-                normed_BTD = whole_sequences(mlp_input_BTD)
+            if not self.shares_norm:
+                normed_BTD = whole_sequences(normed(self.mlp_norm, x_BTD if self.is_parallel else attended_BTD))
             y_BTD = self.mlp(normed_BTD, forward.execution)
-        return x_BTD + self._branch(y_BTD, self.mlp_post_norm, forward.dropout, 2 * layer + 2), cache
+        return attended_BTD + self._branch(y_BTD, self.mlp_post_norm, forward.dropout, 2 * layer + 2), cache
 
     def _branch(self, y_BTD, post_norm: Norm | None, dropout: Dropout | None, place: jax.Array):
         """What is added to the residual stream of a branch's result."""
-        if post_norm is not None:
-            y_BTD = post_norm(y_BTD)
+        y_BTD = normed(post_norm, y_BTD)
         if dropout is not None:
             y_BTD = dropout(y_BTD, place)
         return y_BTD if self.multiplier == 1 else y_BTD * jnp.asarray(self.multiplier, y_BTD.dtype)
@@ -261,6 +255,11 @@ def make_norm(config: DecoderConfig) -> Norm:
         unit_offset=config.norm_unit_offset,
         bias=config.norm_bias,
     )
+
+
+def normed(norm: Norm | None, x_BTD: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
+    """``x``, through ``norm`` where the block has one in this place."""
+    return x_BTD if norm is None else norm(x_BTD)
 
 
 def whole_sequences(x_BTD: Float[Array, "batch seq embed"]) -> Float[Array, "batch seq embed"]:
