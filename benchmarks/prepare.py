@@ -132,7 +132,7 @@ def alone(num_cores: int, function: Callable[..., Measured], *arguments: Any) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each of the four")
-    parser.add_argument("--mebibytes", type=float, default=64, help="size of the corpus")
+    parser.add_argument("--mebibytes", type=float, default=128, help="size of the corpus")
     parser.add_argument("--tokenizer", type=Path, help="a .model or tokenizer.json file; else one is trained")
     arguments = parser.parse_args()
     size = int(arguments.mebibytes * 2**20)

@@ -121,8 +121,7 @@ def _first_seen(digests: np.ndarray, seen: set[bytes]) -> Iterator[int]:
 def _documents(job: ShardJob, counts: np.ndarray) -> Iterator[np.ndarray]:
     """The documents of a shard; ``counts`` is raised by their targets, a part at a time."""
     for take in job.takes:
-        tokens = read_tokens(take.path, job.split)
-        lengths = read_split(take.path, job.split).lengths
+        tokens, lengths = read_tokens(take.path, job.split)
         ends = np.cumsum(lengths)
         starts = ends - lengths
         kept = np.zeros(len(lengths), bool)

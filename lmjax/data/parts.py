@@ -201,10 +201,10 @@ def read_split(path: str, split: str) -> SplitOfPart:
         return SplitOfPart(part[f"{split}_digests"], part[f"{split}_lengths"])
 
 
-def read_tokens(path: str, split: str) -> np.ndarray:
-    """Tokens of a split's documents, one after the other."""
+def read_tokens(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a split's documents, one after the other; and how many each has."""
     with np.load(path) as part:
-        return part[f"{split}_tokens"]
+        return part[f"{split}_tokens"], part[f"{split}_lengths"]
 
 
 def digest_of(text: str) -> bytes:

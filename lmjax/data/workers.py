@@ -1,4 +1,4 @@
-"""Running jobs in other processes, which start anew (no fork of threads) and never import JAX."""
+"""Running jobs in this process and in others, which start anew (no fork of threads) and never import JAX."""
 
 import concurrent.futures
 import multiprocessing
@@ -17,44 +17,51 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """Processes that start when they are first needed and end with the ``with`` block.
+    """This process and others, which start when they are first needed and end with the ``with`` block.
 
-    ``num_workers`` None is one a CPU core. One worker is this process itself.
+    ``num_workers`` counts all of them; None is one a CPU core. This process works too, in a thread: it begins at once,
+    while the others still import what they need.
     """
 
     def __init__(self, num_workers: int | None):
         self._num_workers = num_workers or _cores()
-        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
+        self._depths: dict[concurrent.futures.Executor, int] = {}
+        """The executors, once they are needed, and how many jobs each is given ahead."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+        for executor in self._depths:
+            executor.shutdown(cancel_futures=True)
 
     def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]:
         """(number, result) of every job as they finish. The first error of a job is raised, and the rest left undone.
 
-        ``function`` and jobs are pickled. A single job is done in this process.
+        ``function`` and jobs are pickled. A single job is done in the calling thread.
         """
         if self._num_workers == 1 or len(jobs) <= 1:
             yield from ((number, function(job)) for number, job in enumerate(jobs))
             return
-        if self._executor is None:
+        if not self._depths:
             context = multiprocessing.get_context("spawn")
-            self._executor = concurrent.futures.ProcessPoolExecutor(self._num_workers, context, _begin)
+            others = concurrent.futures.ProcessPoolExecutor(self._num_workers - 1, context, _begin)
+            # A few more than there are processes, so that none waits, and no long queue of jobs is pickled.
+            self._depths = {concurrent.futures.ThreadPoolExecutor(1): 1, others: 2 * (self._num_workers - 1)}
         waiting = iter(enumerate(jobs))
         running: dict[concurrent.futures.Future[Result], int] = {}
+        given: dict[concurrent.futures.Future[Result], concurrent.futures.Executor] = {}
         try:
             while True:
-                # A few more than there are workers, so that none waits, and no long queue of jobs is pickled.
-                while len(running) < 2 * self._num_workers and (job := next(waiting, None)) is not None:
-                    running[self._executor.submit(function, job[1])] = job[0]
+                for executor, depth in self._depths.items():
+                    while list(given.values()).count(executor) < depth and (job := next(waiting, None)) is not None:
+                        future = executor.submit(function, job[1])
+                        running[future], given[future] = job[0], executor
                 if not running:
                     return
                 done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
+                    del given[future]
                     yield running.pop(future), future.result()
         except BrokenProcessPool as error:
             raise InputError(

@@ -147,8 +147,8 @@ def _token_losses(static: _Static, x_BTD, table_VD, bias_V, targets_BT) -> tuple
 
         def body(_, chunk):
             x_CD, targets_C = chunk
-            logits_CV, is_target_CV = _logits(static, chunks.gather(x_CD), table_VD, bias_V, targets_C)
-            return None, _chunk_losses(logits_CV, is_target_CV)[:2]
+            logits_CV, local_C = _logits(static, chunks.gather(x_CD), table_VD, bias_V, targets_C)
+            return None, _chunk_losses(logits_CV, local_C)[:2]
 
         _, (nll, lse) = jax.lax.scan(body, None, (chunks.split_local(x_BTD), chunks.split_whole(targets_BT)))
         return chunks.join_whole(nll), chunks.join_whole(lse)
@@ -170,8 +170,9 @@ def _token_losses_and_gradients(static: _Static, x_BTD, table_VD, bias_V, target
             dtable_VD, dbias_V = sums
             x_CD, targets_C, weights_C = chunk
             x_CD = chunks.gather(x_CD)
-            logits_CV, is_target_CV = _logits(static, x_CD, table_VD, bias_V, targets_C)
-            nll_C, lse_C, softmax_CV = _chunk_losses(logits_CV, is_target_CV)
+            logits_CV, local_C = _logits(static, x_CD, table_VD, bias_V, targets_C)
+            nll_C, lse_C, softmax_CV = _chunk_losses(logits_CV, local_C)
+            is_target_CV = jnp.arange(table_VD.shape[0]) == local_C[:, None]
             slope_C = 1 + 2 * static.options.z_loss * lse_C
             dlogits_CV = weights_C[:, None] * (slope_C[:, None] * softmax_CV - is_target_CV)
             if static.softcap is not None:  # the derivative of the cap; a padding logit has no gradient anyway
@@ -201,18 +202,23 @@ def _token_losses_and_gradients(static: _Static, x_BTD, table_VD, bias_V, target
 
 
 def _logits(static: _Static, x_CD, table_VD, bias_V, targets_C) -> tuple[jax.Array, jax.Array]:
-    """The logits of this device's part of the vocabulary in float32, and where the targets are among them."""
+    """The logits of this device's part of the vocabulary in float32, and the targets' numbers in it: others are not."""
     logits_CV = logits(x_CD, table_VD, bias_V, static.softcap)
-    rows_V = jax.lax.axis_index("tensor") * table_VD.shape[0] + jnp.arange(table_VD.shape[0])
-    return jnp.where(rows_V < static.vocab_size, logits_CV, -jnp.inf), rows_V == targets_C[:, None]
+    num_rows = table_VD.shape[0]
+    first = jax.lax.axis_index("tensor") * num_rows
+    if num_rows * jax.lax.axis_size("tensor") > static.vocab_size:
+        logits_CV = jnp.where(first + jnp.arange(num_rows) < static.vocab_size, logits_CV, -jnp.inf)
+    return logits_CV, targets_C - first
 
 
-def _chunk_losses(logits_CV, is_target_CV) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _chunk_losses(logits_CV, local_C) -> tuple[jax.Array, jax.Array, jax.Array]:
     """-log p(target), the log normaliser, and the softmax of this device's part of the vocabulary."""
     max_C = jax.lax.pmax(jnp.max(logits_CV, axis=-1), "tensor")
     exp_CV = jnp.exp(logits_CV - max_C[:, None])
     sum_C = jax.lax.psum(jnp.sum(exp_CV, axis=-1), "tensor")
-    target_C = jax.lax.psum(jnp.sum(jnp.where(is_target_CV, logits_CV, 0.0), axis=-1), "tensor")
+    num_rows = logits_CV.shape[1]
+    found_C = jnp.take_along_axis(logits_CV, jnp.clip(local_C, 0, num_rows - 1)[:, None], axis=1)[:, 0]
+    target_C = jax.lax.psum(jnp.where((local_C >= 0) & (local_C < num_rows), found_C, 0.0), "tensor")
     lse_C = max_C + jnp.log(sum_C)
     return lse_C - target_C, lse_C, exp_CV / sum_C[:, None]
 

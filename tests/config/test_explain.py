@@ -1,7 +1,10 @@
 """Each kind of wrong config gets a line that says who set what, and what would be right."""
 
+from pathlib import Path
+
 import pytest
 
+from lmjax.config import load_model
 from lmjax.config.typed import load_as
 from lmjax.errors import InputError
 from tests.config.toys import Nursery
@@ -96,3 +99,12 @@ def test_a_kind_changed_alone_says_how_to_give_the_section_whole(complain):
     assert message.endswith(
         "override best.kind=blocks changes the kind alone: give the section whole, as 'best={kind: blocks}'"
     )
+
+
+def test_a_section_that_may_be_absent_needs_its_kind_too(tmp_path):
+    """As rope_scaling: null is one of the choices, and has no kind."""
+    text = (Path("configs/models/llama3_1_8b.yaml")).read_text().replace("    kind: llama3\n", "")
+    assert "kind" not in text
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"rope_scaling\.kind is missing, allowed: linear, dynamic, yarn, longrope or"):
+        load_model(str(tmp_path / "a.yaml"))

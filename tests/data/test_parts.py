@@ -69,7 +69,8 @@ def test_parts_hold_all_documents_in_order_however_they_are_cut(
         for split, texts in found.items():
             digests, lengths = read_split(job.path, split)
             starts = np.cumsum(lengths) - lengths
-            tokens = read_tokens(job.path, split)
+            tokens, lengths_again = read_tokens(job.path, split)
+            assert lengths_again.tolist() == lengths.tolist()
             for digest, start, length in zip(digests, starts, lengths, strict=True):
                 text = ByteTokenizer().decode(tokens[start : start + length].tolist())
                 assert digest.tobytes() == digest_of(text)
