@@ -128,4 +128,6 @@ def check_launch(words: list[str]) -> None:
 
 
 def test_every_page_is_tested():
-    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == {*PAGES, "architecture"}
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == {*PAGES, "architecture", "conversion"}, (
+        "see test_docs_conversion too"
+    )

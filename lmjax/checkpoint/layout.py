@@ -8,6 +8,11 @@ from etils import epath
 
 from lmjax.paths import as_path
 
+CHUNK_BYTES = 1 << 26
+"""The largest chunk of an array in a checkpoint, before compression: what is needed to read any part of it."""
+MIN_ROW_BYTES = 1 << 20
+"""Arrays are cut between the slices of their first dimension where these have as many bytes."""
+
 
 def absolute(directory: epath.PathLike) -> epath.Path:
     """The path as Orbax wants it: on a local disk from the root, in an object store as it is."""
@@ -38,6 +43,14 @@ def split_parts(arrays: dict[str, typing.Any]) -> dict[str, dict[str, typing.Any
     for name, leaf in arrays.items():
         parts.setdefault(name.split("/")[0], {})[name] = leaf
     return parts
+
+
+def save_args(array: jax.Array) -> ocp.SaveArgs:
+    """How an array is cut into chunks: layer by layer where it is a stack of matrices."""
+    if array.nbytes <= CHUNK_BYTES:
+        return ocp.SaveArgs()
+    is_stack = array.ndim > 2 and array.nbytes >= MIN_ROW_BYTES * array.shape[0]
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if is_stack else ())
 
 
 def multiprocessing_options() -> ocp.options.MultiprocessingOptions:

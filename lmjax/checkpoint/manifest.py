@@ -100,11 +100,22 @@ def is_unfinished(step_directory: epath.Path) -> bool:
     return (step_directory / UPLOADING).exists() and not (step_directory / MANIFEST).exists()
 
 
-def describe_files(step_directory: epath.Path) -> dict[str, FileEntry]:
-    """Size and hash of every file in ``step_directory``, read in parallel. Names that begin with a dot are left out."""
+def describe_files(step_directory: epath.Path, *, sync: bool = False) -> dict[str, FileEntry]:
+    """Size and hash of every file in ``step_directory``, read in parallel. Names that begin with a dot are left out.
+
+    With ``sync`` they are durable afterwards, where they were only written; on a disk.
+    """
+
+    def describe(name: str) -> FileEntry:
+        entry = _describe(step_directory / name)
+        if sync:
+            with (step_directory / name).open("rb") as file:
+                os.fsync(file.fileno())
+        return entry
+
     names = sorted(_file_names(step_directory))
     with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _describe(step_directory / name), names), strict=True))
+        return dict(zip(names, pool.map(describe, names), strict=True))
 
 
 def write_manifest(step_directory: epath.Path, manifest: Manifest) -> None:

@@ -54,6 +54,28 @@ def restore(
     """
     directory = absolute(directory)
     expected = _expected(target, part)
+    found = find_good(directory, step, part)
+    if found is None:
+        return None
+    manifest = found.manifest
+    _compare(directory / str(manifest.step), manifest, expected, part)
+    if found.skipped:
+        log.warning("restoring the older checkpoint %d from %s", manifest.step, directory)
+    leaves = _read(directory / str(manifest.step), manifest, expected, part)
+    state = jax.tree.unflatten(jax.tree.structure(target), leaves)
+    return Restored(step=manifest.step, state=state, metadata=manifest.metadata, skipped=found.skipped)
+
+
+class Found(typing.NamedTuple):
+    """A step whose files are what its manifest says."""
+
+    manifest: Manifest
+    skipped: tuple[Skipped, ...]
+
+
+def find_good(directory: epath.Path, step: int | None, part: str | None) -> Found | None:
+    """The newest good step, or ``step``, with the files of ``part`` alone verified where one is given; None where there
+    are no steps. Collective, as ``restore``. Raises InputError where no step is good."""
     steps: list[int] = processes.share(list_steps(directory))
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps)) or "none"
@@ -62,25 +84,19 @@ def restore(
     for candidate in reversed(steps if step is None else [step]):
         manifest, problems = _verify_together(directory, candidate, part)
         if manifest is not None and not problems:
-            break
+            return Found(manifest, tuple(skipped))
         more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
         skipped.append(Skipped(candidate, "; ".join(problems[:SHOWN]) + more))
         log.warning("checkpoint %d in %s is not good and is skipped: %s", candidate, directory, skipped[-1].why)
         if manifest is not None and is_remote(directory):
             store.drop_files(manifest.files, _names(manifest, part))
-    else:
-        if not steps:
-            return None
-        tried = "\n".join(f"  step {bad.step}: {bad.why}" for bad in skipped)
-        raise InputError(
-            f"{directory}: no good checkpoint, tried:\n{tried}\n"
-            "Bring one back from a copy, or move the directory away to start again at step 0."
-        )
-    _compare(directory / str(candidate), manifest, expected, part)
-    if skipped:
-        log.warning("restoring the older checkpoint %d from %s", candidate, directory)
-    state = jax.tree.unflatten(jax.tree.structure(target), _read(directory / str(candidate), manifest, expected, part))
-    return Restored(step=candidate, state=state, metadata=manifest.metadata, skipped=tuple(skipped))
+    if not steps:
+        return None
+    tried = "\n".join(f"  step {bad.step}: {bad.why}" for bad in skipped)
+    raise InputError(
+        f"{directory}: no good checkpoint, tried:\n{tried}\n"
+        "Bring one back from a copy, or move the directory away to start again at step 0."
+    )
 
 
 def _expected(target: typing.Any, part: str | None) -> dict[str, jax.ShapeDtypeStruct]:

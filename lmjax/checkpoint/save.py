@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lmjax.checkpoint import processes, store
-from lmjax.checkpoint.layout import absolute, flatten, handler, multiprocessing_options, split_parts
+from lmjax.checkpoint.layout import absolute, flatten, handler, multiprocessing_options, save_args, split_parts
 from lmjax.checkpoint.manifest import (
     MANIFEST,
     FileEntry,
@@ -108,7 +108,10 @@ class Saver:
             log.info("checkpoint %d is already in %s", step, self.directory)
             return
         leaves = {name: LeafEntry(array.shape, array.dtype.name) for name, array in arrays.items()}
-        items = {part: ocp.args.PyTreeSave(of_part) for part, of_part in split_parts(arrays).items()}
+        items = {
+            part: ocp.args.PyTreeSave(of_part, {name: save_args(array) for name, array in of_part.items()})
+            for part, of_part in split_parts(arrays).items()
+        }
         if self._orbax is None:
             self._orbax = store.writer(items)
         try:

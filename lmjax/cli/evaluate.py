@@ -39,6 +39,8 @@ def evaluate(
         raise InputError("--stride is about the windows over a file; give it together with --text FILE")
     if text is None:
         opened = open_model(model, overrides or (), (*HEEDED, "evaluate.max_rows"))
+        if opened.step is None:
+            raise InputError(f"{model}: no run of lmjax, so there is no held-out data; give a file with --text")
         result = {"step": opened.step, **score_validation(opened)}
     else:
         content = read_text(text)

@@ -1,7 +1,8 @@
 """The command ``lmjax``: what there is, and which exit code each kind of end has.
 
 One module a first word, one function a command, named after its last word: ``lmjax train`` is ``lmjax.cli.train.train``
-and ``lmjax data prepare`` is ``lmjax.cli.data.prepare`` (but ``list`` is ``list_``). A command is a plain function:
+and ``lmjax data prepare`` is ``lmjax.cli.data.prepare`` (but ``list`` is ``list_``, and ``import`` is ``import_``). A
+command is a plain function:
 
     def train(config: ConfigFile, overrides: Overrides = None, dry_run: Annotated[bool, typer.Option()] = False):
         \"\"\"One line that the list of commands shows.
@@ -27,7 +28,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lmjax.cli import checkpoint, data, evaluate, generate, info, report, tokenizer, train
+from lmjax.cli import checkpoint, convert, data, evaluate, generate, info, report, tokenizer, train
 from lmjax.errors import DivergedError, InputError, PreemptedError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -46,6 +47,10 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "tokenizer": (
         "Train a tokenizer, and see how many tokens a text takes.",
         {"train": tokenizer.train, "report": tokenizer.report},
+    ),
+    "convert": (
+        "Bring Hugging Face models in and out, and compare models.",
+        {"import": convert.import_, "export": convert.export, "check": convert.check},
     ),
     "checkpoint": (
         "List and verify the checkpoints of a run.",

@@ -1,4 +1,4 @@
-"""Opening the MODEL of a command: a run directory, or one of its checkpoints."""
+"""Opening the MODEL of a command: a run, one of its checkpoints, an imported model or a Hugging Face directory."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A run directory, whose newest good checkpoint is taken, or a checkpoint, as runs/x/checkpoints/500.",
+        help="A run directory, whose newest good checkpoint is taken; a checkpoint, as runs/x/checkpoints/500; what "
+        "`lmjax convert import` wrote; a Hugging Face directory; or a GGUF file.",
         show_default=False,
     ),
 ]
@@ -26,16 +27,20 @@ class OpenModel:
     """A trained model on the devices at hand."""
 
     config: Any
-    """The run's RunConfig, with the overrides."""
+    """The run's RunConfig, or the InferenceConfig of a model that no run of ours trained, with the overrides."""
     blueprint: Any
-    """lmjax.train.state.Blueprint."""
+    """lmjax.train.state.Blueprint of a run, else PlacedModel."""
     execution: Any
     """lmjax.models.decoder.Execution."""
     params: Any
     tokenizer: Any
     """lmjax.data.tokenizer.Tokenizer."""
-    step: int
-    """Of the checkpoint."""
+    step: int | None
+    """Of the checkpoint; None where no run of ours trained the model."""
+
+
+FOREIGN = ("mesh", "precision", "train.attention_kernel")
+"""Keys that are heeded for a model that no run of ours trained."""
 
 
 def open_model(model: str, overrides: Sequence[str], effective: Sequence[str]) -> OpenModel:
@@ -45,28 +50,37 @@ def open_model(model: str, overrides: Sequence[str], effective: Sequence[str]) -
     The tokenizer is that of the dataset at data.path, which has to be the one that the run was trained on.
     Every process of a mesh calls this. Raises InputError where something is missing, damaged, or does not go together.
     """
+    from lmjax.paths import as_path, reaching
+
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not any(key == heeded or key.startswith(f"{heeded}.") for heeded in effective):
+            raise InputError(f"override {override}: has no effect here; these have: {', '.join(effective)}")
+    path = as_path(model)
+    step = int(path.name) if path.name.isdecimal() and path.parent.name == "checkpoints" else None
+    run = path if step is None else path.parent.parent
+    with reaching(path):
+        is_run = path.exists() and (run / "config.yaml").exists()
+    return _open_run(run, step, overrides) if is_run else _open_foreign(model, overrides)
+
+
+def _open_run(run: Any, step: int | None, overrides: Sequence[str]) -> OpenModel:
     from lmjax.checkpoint.restore import restore
     from lmjax.config import load
     from lmjax.data.index import fingerprint, read_index
     from lmjax.data.remote import local_dataset
     from lmjax.data.tokenizer import load_tokenizer
     from lmjax.mesh import make_mesh
-    from lmjax.models.decoder import Execution
     from lmjax.startup import start_distributed
     from lmjax.train.state import make_blueprint
 
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if not any(key == heeded or key.startswith(f"{heeded}.") for heeded in effective):
-            raise InputError(f"override {override}: has no effect here; these have: {', '.join(effective)}")
-    run, step = _find(model)
     config = load(str(run / "config.yaml"), [*WHOLE_MACHINE, *overrides])
     dataset = local_dataset(config.data.path, shards=False)
     index, tokenizer = read_index(dataset), load_tokenizer(dataset)
     start_distributed()
     mesh = make_mesh(config.mesh)
     blueprint = make_blueprint(config.model, config.optimizer, config.train.steps, mesh)
-    restored = restore(run / "checkpoints", blueprint.state.params, step=step, part="params")
+    restored = restore(run / "checkpoints", blueprint.params, step=step, part="params")
     if restored is None:
         raise InputError(f"{run}: the run has saved no checkpoint yet. Train it first, or wait for its first save.")
     if restored.metadata["dataset"] != fingerprint(index):
@@ -75,34 +89,56 @@ def open_model(model: str, overrides: Sequence[str], effective: Sequence[str]) -
             f"but {config.data.path} is {fingerprint(index)[:16]}…, whose tokens may mean something else. "
             "Give the right one with data.path=DIR."
         )
-    execution = Execution(
-        compute_dtype=config.precision.compute_dtype,
-        attention_kernel=config.train.attention_kernel,
-        platform=mesh.devices.flat[0].platform,
-    )
     return OpenModel(
         config=config,
         blueprint=blueprint,
-        execution=execution,
+        execution=_execution(config, mesh),
         params=restored.state,
         tokenizer=tokenizer,
         step=restored.step,
     )
 
 
-def _find(model: str) -> tuple[Any, int | None]:
-    """The run directory (an epath.Path) that ``model`` is or lies in, and the step that it names."""
-    from lmjax.paths import as_path, reaching
+def _open_foreign(model: str, overrides: Sequence[str]) -> OpenModel:
+    """A model with Hugging Face's tokenizer, used in the dtype of its files unless ``overrides`` say otherwise."""
+    from lmjax.config import load_inference
+    from lmjax.convert.tokenizer import tokenizer_in
+    from lmjax.convert.weights import open_weights
+    from lmjax.mesh import make_mesh
+    from lmjax.startup import start_distributed
+    from lmjax.train.state import place_model
 
-    path = as_path(model)
-    run = path.parent.parent
-    with reaching(path):
-        if (path / "config.yaml").exists():
-            return path, None
-        if path.name.isdecimal() and path.parent.name == "checkpoints" and (run / "config.yaml").exists():
-            return run, int(path.name)
-        what = "not a model" if path.exists() else "no such directory"
-    raise InputError(
-        f"{model}: {what}. Give a run directory (with config.yaml), as runs/quickstart, or one of its checkpoints, as "
-        "runs/quickstart/checkpoints/500"
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not any(key == heeded or key.startswith(f"{heeded}.") for heeded in FOREIGN):
+            raise InputError(
+                f"override {override}: has no effect on {model}, which no run of lmjax trained; these have: "
+                f"{', '.join(FOREIGN)}"
+            )
+    weights = open_weights(model)
+    compute = "bfloat16" if weights.dtype == "bfloat16" else "float32"
+    config = load_inference([*WHOLE_MACHINE, f"precision.compute={compute}", *overrides])
+    if weights.huggingface is None:
+        raise InputError(f"{model}: neither a run (it has no config.yaml) nor an imported model (no huggingface/)")
+    tokenizer = tokenizer_in(weights.huggingface)
+    start_distributed()
+    mesh = make_mesh(config.mesh)
+    placed = place_model(weights.config, mesh)
+    return OpenModel(
+        config=config,
+        blueprint=placed,
+        execution=_execution(config, mesh),
+        params=weights.place(placed.params),
+        tokenizer=tokenizer,
+        step=None,
+    )
+
+
+def _execution(config: Any, mesh: Any) -> Any:
+    from lmjax.models.decoder import Execution
+
+    return Execution(
+        compute_dtype=config.precision.compute_dtype,
+        attention_kernel=config.train.attention_kernel,
+        platform=mesh.devices.flat[0].platform,
     )

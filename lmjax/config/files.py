@@ -58,14 +58,17 @@ class Composed(NamedTuple):
         raise AssertionError("the file itself is a layer, and holds everything")
 
 
-def compose(file: str, overrides: Sequence[str] = (), keys: Collection[str] = ()) -> Composed:
-    """Read ``file`` with its bases and apply ``overrides``. Raises InputError for all that is not about types.
+def compose(file: str | None, overrides: Sequence[str] = (), keys: Collection[str] = ()) -> Composed:
+    """Read ``file`` with its bases, or nothing, and apply ``overrides``. Raises InputError for all that is not about
+    types.
 
     ``keys`` are those at the top of a config, which a gin file binds as it does macros.
     """
-    path = as_path(file)
-    with reaching(path):
-        layers = _without_macros(str(path), list(_read(path, (), "")), keys)
+    layers = [Layer("the defaults", {})]
+    if file is not None:
+        path = as_path(file)
+        with reaching(path):
+            layers = _without_macros(str(path), list(_read(path, (), "")), keys)
     tree: dict[str, Any] = {}
     for layer in layers:
         tree = _merge(tree, layer.tree)

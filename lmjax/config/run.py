@@ -11,7 +11,7 @@ from lmjax.models.decoder import DecoderConfig
 from lmjax.optim import OptimizerConfig
 from lmjax.precision import PrecisionConfig
 from lmjax.schema import UserPath, config_class
-from lmjax.train.config import EvaluateConfig, LoggingConfig, TrainConfig
+from lmjax.train.config import AttentionKernel, EvaluateConfig, LoggingConfig, TrainConfig
 
 
 @config_class
@@ -54,6 +54,26 @@ class ModelFile:
     """The decoder's shape."""
 
 
+@config_class
+class KernelConfig:
+    """What of a run's ``train`` section counts without training."""
+
+    attention_kernel: AttentionKernel = "auto"
+    """As train.attention_kernel of a run."""
+
+
+@config_class
+class InferenceConfig:
+    """How a model that has no run's config is used."""
+
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are used."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """The dtypes of computation."""
+    train: KernelConfig = KernelConfig()
+    """The attention kernel."""
+
+
 def load(file: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of the run that ``file`` and ``overrides`` describe. Raises InputError with all that is wrong."""
     return load_as(RunConfig, file, overrides)
@@ -62,3 +82,8 @@ def load(file: str, overrides: Sequence[str] = ()) -> RunConfig:
 def load_model(file: str, overrides: Sequence[str] = ()) -> DecoderConfig:
     """The architecture in a file that has nothing else."""
     return load_as(ModelFile, file, overrides).model
+
+
+def load_inference(overrides: Sequence[str]) -> InferenceConfig:
+    """The defaults with ``overrides``."""
+    return load_as(InferenceConfig, None, overrides)

@@ -17,8 +17,9 @@ from lmjax.errors import InputError
 T = TypeVar("T")
 
 
-def load_as(cls: type[T], file: str, overrides: Sequence[str] = ()) -> T:
-    """The YAML or gin ``file``, with its bases and ``overrides`` (``key=value``), as an object of a config class.
+def load_as(cls: type[T], file: str | None, overrides: Sequence[str] = ()) -> T:
+    """The YAML or gin ``file`` (or none), with its bases and ``overrides`` (``key=value``), as an object of a config
+    class.
 
     Raises InputError with one line for each thing that is wrong: who set it, the full key, what was found, what is
     allowed, and the nearest known key.

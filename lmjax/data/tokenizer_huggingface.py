@@ -82,11 +82,18 @@ class HuggingFaceTokenizer:
         }
         return special | {token: number for token, number in named.items() if token is not None and number is not None}
 
+    def first_added(self) -> str | None:
+        """The special token that the file's post-processor puts before a text, where it puts one there."""
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        is_before = len(whole) > len(plain) and whole[: len(plain)] != plain
+        return self._tokenizer.id_to_token(whole[0]) if is_before else None
+
     def fallback_ids(self) -> frozenset[int]:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
         found = set(self.held_ids)
         if self._byte_level:
-            bytes_of = _byte_of_character()
+            bytes_of = byte_of_character()
             found |= {number for token, number in vocabulary.items() if _is_part(token, bytes_of)}
         unknown = self._model.get("unk_token")
         if unknown is not None:
@@ -202,7 +209,7 @@ def _mentions(tree: Any, kind: str) -> bool:
 
 
 @functools.cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """The byte that each character stands for in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

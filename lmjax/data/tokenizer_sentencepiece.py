@@ -51,24 +51,38 @@ class SentencePieceTokenizer:
         special = [token for token in range(self.vocab_size) if processor.is_control(token)]
         return {processor.id_to_piece(token): token for token in special}
 
+    def pieces(self) -> list[tuple[str, float]]:
+        """Spelling and score of every token, by its number; spaces are spelled as the space mark."""
+        return [
+            (self._processor.id_to_piece(token), self._processor.get_score(token)) for token in range(self.vocab_size)
+        ]
+
+    @property
+    def unknown_id(self) -> int:
+        return self._processor.unk_id()
+
+    def byte_ids(self) -> frozenset[int]:
+        """Tokens that are one byte each."""
+        return frozenset(token for token in range(self.vocab_size) if self._processor.is_byte(token))
+
     def fallback_ids(self) -> frozenset[int]:
         processor = self._processor
         return frozenset(t for t in range(self.vocab_size) if processor.is_byte(t) or processor.is_unknown(t))
 
     def encode(self, text: str) -> list[int]:
-        if not self._lossless:
+        if not self.is_lossless:
             return self._processor.encode(text, num_threads=1)
-        if SPACE_MARK not in text and (len(text) <= SEGMENT_CHARACTERS or not self._is_bpe):
+        if SPACE_MARK not in text and (len(text) <= SEGMENT_CHARACTERS or not self.is_bpe):
             return self._processor.encode(text, num_threads=1)
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if not self._lossless:
+        if not self.is_lossless:
             return self._processor.encode(list(texts), num_threads=1)
         segments: list[str] = []
         ends = []
         for text in texts:
-            segments.extend(_segments(text, SEGMENT_CHARACTERS if self._is_bpe else len(text)))
+            segments.extend(_segments(text, SEGMENT_CHARACTERS if self.is_bpe else len(text)))
             ends.append(len(segments))
         encoded = self._processor.encode(segments, num_threads=1)
         batch = []
@@ -96,13 +110,13 @@ class SentencePieceTokenizer:
         return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     @functools.cached_property
-    def _is_bpe(self) -> bool:
+    def is_bpe(self) -> bool:
         """Whether pieces have ranks for scores. A unigram model's are logarithms, whose sums decide between equally
         likely encodings by how they were rounded, which a cut would change."""
         return all(self._processor.get_score(token).is_integer() for token in range(self.vocab_size))
 
     @functools.cached_property
-    def _lossless(self) -> bool:
+    def is_lossless(self) -> bool:
         """Whether a text may be cut before a run of spaces, and the space mark be written as bytes.
 
         So it is with the models that are trained here. A model from elsewhere that adds a space at the start,

@@ -3,7 +3,9 @@
 from typing import Literal
 
 from lmjax.models.remat import RematConfig
-from lmjax.schema import config_class
+from lmjax.schema import UserPath, config_class
+
+AttentionKernel = Literal["auto", "reference", "chunked", "splash"]
 
 
 @config_class
@@ -16,8 +18,10 @@ class TrainConfig:
     """Sequences in an update, over all devices and micro-batches."""
     accumulation: int = 1
     """Micro-batches of an update, one after the other; micro-batch a has the rows r with r mod this = a."""
+    init_from: UserPath | None = None
+    """A run, a checkpoint, an imported model or a Hugging Face directory whose parameters are the initial ones."""
     seed: int = 0
-    """Seed of the initial parameters and of the order of the data."""
+    """Seed of the initial parameters, where they are drawn, and of the order of the data."""
     z_loss: float = 0.0
     """Weight of logsumexp(logits)^2 in the loss (arXiv 2204.02311, section 5)."""
     loss_chunk_tokens: int = 1024
@@ -26,12 +30,14 @@ class TrainConfig:
     """What the backward pass finds saved."""
     scan_layers: bool = True
     """Compile one block and scan over the layers, or compile every block."""
-    attention_kernel: Literal["auto", "reference", "chunked", "splash"] = "auto"
+    attention_kernel: AttentionKernel = "auto"
     """Attention kernel by name; auto takes the best one that is proved for the hardware."""
     log_batch_hash: bool = False
     """Whether metrics.jsonl has a digest of every global batch."""
 
     def __post_init__(self) -> None:
+        if self.init_from == "":
+            raise ValueError("init_from is empty; name a model, or leave it out")
         for name in ("steps", "global_batch_size", "accumulation", "loss_chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be 1 or more")

@@ -21,11 +21,12 @@ from lmjax.train.clock import Clock, Pending
 from lmjax.train.faults import StopSignal, check_finite
 from lmjax.train.feed import Feed, abstract_batch, to_devices
 from lmjax.train.held_out import HeldOut
+from lmjax.train.initial import check_initial, initial_params
 from lmjax.train.job import Dataset, Job, Program, check_fingerprint, make_program, open_dataset
 from lmjax.train.metrics import Recorder, last_step
 from lmjax.train.profile import Profiler
 from lmjax.train.provenance import versions
-from lmjax.train.state import init_state
+from lmjax.train.state import init_state, state_from
 from lmjax.train.step import DeviceBatch, make_step
 from lmjax.train.tracking import check_trackers, remove_event_files
 
@@ -55,6 +56,8 @@ def run(job: Job, push: Callable[[], None] | None = None) -> None:
         with refused_by_all("choose a run_dir that can be written to"):
             if primary:
                 check_beginning(job, start)
+                if restored is None and job.train.init_from is not None:
+                    check_initial(job.train.init_from, job.model)
                 check_trackers(job.logging)
             recorder = cleanup.enter_context(Recorder(run_dir, job.logging, start=start, steps=steps, primary=primary))
         if recorder.dropped > start:
@@ -67,7 +70,9 @@ def run(job: Job, push: Callable[[], None] | None = None) -> None:
         if not held_out.owed(start) and (done := why_done(job, held_out, start)):
             recorder.message(done)
             return
-        where = "from the beginning" if restored is None else f"from the checkpoint of step {start}"
+        where = f"from the checkpoint of step {start}"
+        if restored is None:
+            where = f"from {job.train.init_from}" if job.train.init_from else "from the beginning"
         recorder.message(
             f"{parameter_count(job.model):,} parameters on {mesh.size} device(s) {dict(mesh.shape)}; training {where} "
             f"to step {steps}"
@@ -89,6 +94,8 @@ def run(job: Job, push: Callable[[], None] | None = None) -> None:
             if done := why_done(job, held_out, start):
                 recorder.message(done)
                 return
+        if state is None and job.train.init_from is not None:
+            state = state_from(blueprint, initial_params(job.train.init_from, blueprint))
         state = init_state(blueprint, job.train.seed) if state is None else state
         step = compile_step(job, program, recorder)
         feed = Feed(batch_maker(job, dataset, mesh), start, steps)

@@ -26,20 +26,33 @@ class TrainState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Blueprint:
-    """What a run's state looks like before any of it exists."""
+class PlacedModel:
+    """A decoder on a mesh, without its parameters."""
 
     config: DecoderConfig
     mesh: Mesh
     graphdef: Any
+    params: Any
+    """ShapeDtypeStructs with shardings, nested dicts as the decoder's attributes are."""
+
+    def decoder(self, params: Any) -> Decoder:
+        """The module whose parameters are ``params``."""
+        return nnx.merge(self.graphdef, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint(PlacedModel):
+    """What a run's state looks like before any of it exists."""
+
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     state: TrainState
     """ShapeDtypeStructs with shardings."""
 
-    def decoder(self, params: Any) -> Decoder:
-        """The module whose parameters are ``params``."""
-        return nnx.merge(self.graphdef, params)
+
+def place_model(config: DecoderConfig, mesh: Mesh) -> PlacedModel:
+    """Raises InputError where the mesh does not divide the model."""
+    return PlacedModel(config, mesh, *abstract_decoder(config, mesh))
 
 
 def abstract_decoder(config: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
@@ -81,7 +94,8 @@ def make_blueprint(config: DecoderConfig, optimizer: OptimizerConfig, num_steps:
         transform_non_params=lambda leaf: struct(leaf, replicated(mesh)),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    return Blueprint(config, mesh, graphdef, transformation, schedule, TrainState(step, params, opt_state))
+    state = TrainState(step, params, opt_state)
+    return Blueprint(config, mesh, graphdef, params, transformation, schedule, state)
 
 
 def init_state(blueprint: Blueprint, seed: int) -> TrainState:
@@ -96,6 +110,15 @@ def init_state(blueprint: Blueprint, seed: int) -> TrainState:
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.state)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def state_from(blueprint: Blueprint, params: Any) -> TrainState:
+    """The state before the first update, with these parameters, which are placed as ``blueprint.params`` says."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.state)
+    rest = (shardings.step, shardings.opt_state)
+    init = jax.jit(lambda params: (jnp.zeros((), jnp.int32), blueprint.optimizer.init(params)), out_shardings=rest)
+    step, opt_state = init(params)
+    return TrainState(step, params, opt_state)
 
 
 def _is_variable(value: Any) -> bool:

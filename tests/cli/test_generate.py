@@ -85,7 +85,7 @@ def test_lines_of_the_terminal_are_continued_until_they_end(run, capsys, monkeyp
 
 @pytest.mark.fast
 def test_what_is_not_a_model_is_refused(run, capsys, tmp_path):
-    assert "no such directory. Give a run directory" in refused(capsys, tmp_path / "runs")
+    assert "no such file or directory. Give a run directory" in refused(capsys, tmp_path / "runs")
     assert "not a model. Give a run directory" in refused(capsys, run.directory / "checkpoints")
     assert "no checkpoint of step 5. Checkpoints here: 4, 6" in refused(capsys, run.directory / "checkpoints" / "5")
     (tmp_path / "run").mkdir()

@@ -1,0 +1,48 @@
+"""The families, one file each."""
+
+from lmjax.convert.families import (
+    bloom,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3_text,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    mpt,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+)
+from lmjax.convert.family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        llama.FAMILY,
+        mistral.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        gemma.FAMILY,
+        gemma2.FAMILY,
+        gemma3_text.FAMILY,
+        phi3.FAMILY,
+        olmo2.FAMILY,
+        gpt2.FAMILY,
+        gptj.FAMILY,
+        gpt_neox.FAMILY,
+        gpt_bigcode.FAMILY,
+        opt.FAMILY,
+        phi.FAMILY,
+        falcon.FAMILY,
+        mpt.FAMILY,
+        bloom.FAMILY,
+    )
+}
+"""By ``model_type``. A decoder without a source is exported as the first of these that can say all of it."""

@@ -1,0 +1,108 @@
+"""How a tensor of a Hugging Face file holds parts of our tree: one layout, read in both directions.
+
+A part is one slice of a parameter, without the dimension that layers are stacked along: a kernel (in ..., out ...), a
+vector (...), or a table (rows, embed). What is read is a view of the file's tensor wherever NumPy can give one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+class Layout(Protocol):
+    """How one tensor holds some parts."""
+
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        """Of the tensor that holds parts of these shapes."""
+        ...
+
+    def read(self, tensor: np.ndarray, parts: Sequence[Shape], number: int) -> np.ndarray:
+        """Part ``number`` of the tensor."""
+        ...
+
+    def write(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor that holds these parts."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A tensor (out, in) of a linear layer, or (out) of a bias or a norm, in which parts lie along ``out``.
+
+    ``grouped`` fuses queries, keys and values head by head: for each key head its query heads, itself, and its value
+    head. One query head a key head is the layout (heads, 3, head_dim) of GPT-NeoX and BLOOM, one key head that of
+    Falcon 7B, and groups in between that of Falcon 40B.
+    """
+
+    num_inputs: int
+    """Dimensions of our kernel that are summed over: 0 for a vector, 2 for attention's output projection, else 1."""
+    order: Literal["stacked", "grouped"] = "stacked"
+    """``stacked``: one part after the other."""
+    input_first: bool = False
+    """Whether the file has (in, out), as GPT-2's Conv1D."""
+
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        inputs = math.prod(parts[0][: self.num_inputs])
+        rows = sum(math.prod(shape[self.num_inputs :]) for shape in parts)
+        if not self.num_inputs:
+            return (rows,)
+        return (inputs, rows) if self.input_first else (rows, inputs)
+
+    def read(self, tensor: np.ndarray, parts: Sequence[Shape], number: int) -> np.ndarray:
+        rows = tensor.T if self.input_first else tensor
+        if self.order == "grouped" and len(parts) > 1:
+            heads, width = parts[1][self.num_inputs :]
+            groups = rows.reshape(heads, -1, width, *rows.shape[1:])
+            chosen = groups[:, (slice(None, -2), slice(-2, -1), slice(-1, None))[number]]
+            rows = chosen.reshape(-1, *rows.shape[1:])
+        else:
+            sizes = [math.prod(shape[self.num_inputs :]) for shape in parts]
+            start = sum(sizes[:number])
+            rows = rows[start : start + sizes[number]]
+        return (rows.T if self.num_inputs else rows).reshape(parts[number])
+
+    def write(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        rows = [self._rows(part) for part in parts]
+        if self.order == "grouped" and len(parts) > 1:
+            heads, width = parts[1].shape[self.num_inputs :]
+            groups = [part.reshape(heads, -1, width, *part.shape[1:]) for part in rows]
+            fused = np.concatenate(groups, axis=1)
+            fused = fused.reshape(-1, *rows[0].shape[1:])
+        else:
+            fused = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        return fused.T if self.input_first else fused
+
+    def _rows(self, part: np.ndarray) -> np.ndarray:
+        if not self.num_inputs:
+            return part.reshape(-1)
+        return part.reshape(math.prod(part.shape[: self.num_inputs]), -1).T
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """The rows of a table, or the entries of a vector over the vocabulary, without our padding."""
+
+    num_rows: int
+    before: int = 0
+    """Rows in the file before that of our first one; they are never read."""
+
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        return (self.before + self.num_rows, *parts[0][1:])
+
+    def read(self, tensor: np.ndarray, parts: Sequence[Shape], number: int) -> np.ndarray:
+        rows = tensor[self.before :]
+        padding = parts[0][0] - self.num_rows
+        if not padding:
+            return rows
+        return np.concatenate([rows, np.zeros((padding, *rows.shape[1:]), rows.dtype)])
+
+    def write(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        rows = parts[0][: self.num_rows]
+        if not self.before:
+            return rows
+        return np.concatenate([np.zeros((self.before, *rows.shape[1:]), rows.dtype), rows])

@@ -1,0 +1,83 @@
+"""Which family of Hugging Face has a decoder as ours."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lmjax.convert.families import FAMILIES
+from lmjax.convert.family import Family
+from lmjax.convert.source import read_model
+from lmjax.errors import InputError
+from lmjax.models.config import DecoderConfig
+
+SHOWN = 5
+
+
+def choose_family(config: DecoderConfig, first: Family | None = None) -> Family:
+    """``first`` if it has such a decoder, or else the first of FAMILIES that has.
+
+    Raises InputError where none has, with the fields in which the closest one differs.
+    """
+    closest: tuple[Family, list[str]] | None = None
+    for family in _unique([first] if first else [], FAMILIES.values()):
+        differing = differences(family, config)
+        if differing == []:
+            return family
+        if differing is not None and (closest is None or len(differing) < len(closest[1])):
+            closest = family, differing
+    if closest is None:
+        raise InputError("no Hugging Face family that lmjax writes has such a model; nothing can be exported")
+    family, differing = closest
+    more = f"\n  and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    lines = "\n".join(f"  {line}" for line in differing[:SHOWN])
+    raise InputError(
+        f"no Hugging Face family has such a model. The closest is {family.model_type}, which differs in:\n"
+        f"{lines}{more}\n"
+        f"A model to be exported has to be one of: {', '.join(sorted(FAMILIES))}."
+    )
+
+
+def differences(family: Family, config: DecoderConfig) -> list[str] | None:
+    """The fields of ``config`` that come back as others from the family's config.json; None where none comes back."""
+    try:
+        read = read_model(family, family.write_config(config), family.model_type)
+    except InputError:
+        return None
+    ours, theirs = resolved(config), resolved(read)
+    fields = [field.name for field in dataclasses.fields(ours)]  # pyright: ignore[reportArgumentType]
+    return [
+        f"{name}: {getattr(ours, name)!r}, and there {getattr(theirs, name)!r}"
+        for name in fields
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+
+
+def resolved(config: DecoderConfig) -> DecoderConfig:
+    """The same trained model with nothing left to defaults, and with the shortest pattern of layers."""
+    pattern = config.layer_pattern
+    kinds = tuple(pattern[layer % len(pattern)] for layer in range(config.num_layers))
+    lengths = range(1, len(kinds) + 1)
+    shortest = next(n for n in lengths if all(kind == kinds[layer % n] for layer, kind in enumerate(kinds)))
+    changes: dict[str, Any] = {
+        "num_kv_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "query_scale": config.attention("full").query_scale,
+        "layer_pattern": kinds[:shortest],
+        "dropout": 0.0,
+        "init": "gpt2",
+    }
+    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def is_unchanged(family: Family, settings: Mapping[str, Any], config: DecoderConfig) -> bool:
+    """Whether a config.json describes this model."""
+    if settings.get("model_type") != family.model_type:
+        return False
+    try:
+        return resolved(read_model(family, settings, family.model_type)) == resolved(config)
+    except InputError:
+        return False
+
+
+def _unique(*groups: Iterable[Family]) -> list[Family]:
+    return list({family.model_type: family for group in groups for family in group}.values())
