@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -46,6 +46,11 @@ class SlicedArray(Protocol):
     @property
     def stored(self) -> np.dtype:
         """What it is written in: each value is one of its dtype in the state, in fewer bits perhaps."""
+        ...
+
+    @property
+    def order(self) -> Literal["C", "F"]:
+        """In which its layers are read and written fastest."""
         ...
 
     def read_stored(self, index: Index = ()) -> np.ndarray:
@@ -92,7 +97,9 @@ class _SliceHandler(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         chunks = chunk_shape(value.shape, value.dtype.itemsize)
-        tspec["metadata"] |= {"chunks": chunks, "compressor": None}
+        # A chunk of one layer lies as its values do where they are from, so that neither side has to transpose it.
+        order = value.array.order if chunks[:1] == (1,) else "C"
+        tspec["metadata"] |= {"chunks": chunks, "compressor": None, "order": order}
         for files in (tspec["kvstore"]["base"], tspec["kvstore"]["manifest"]):
             files["file_io_sync"] = False  # at the end, and not after each slice
         with self._kept():
@@ -249,8 +256,10 @@ class StepReader:
         return self.read_stored(path, index).astype(self.leaves[path].dtype, copy=False)
 
     def read_stored(self, path: str, index: Index = ()) -> np.ndarray:
-        """The same in the dtype that is on the disk, which may have fewer bits."""
-        return self._arrays[path][index].read().result()
+        """The same in the dtype that is on the disk, which may have fewer bits, and in the order of its chunks."""
+        array = self._arrays[path]
+        is_reversed = array.chunk_layout.inner_order == (*reversed(range(array.ndim)),)
+        return array[index].read(order="F" if is_reversed and array.ndim > 1 else "C").result()
 
 
 def _has_several_layers(array: ts.TensorStore) -> bool:

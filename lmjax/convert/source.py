@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from lmjax.convert.casting import cast_into
 from lmjax.convert.families import FAMILIES
 from lmjax.convert.family import Family
 from lmjax.convert.gguf_files import find_gguf, gguf_config
-from lmjax.convert.layouts import Shape, Table
+from lmjax.convert.layouts import Rows, Shape, Table
 from lmjax.convert.mismatch import describe_mismatch
 from lmjax.convert.pieces import Piece, is_ignored, pieces
 from lmjax.convert.settings import CONFIG_FILE, Settings, read_config_file
@@ -49,6 +49,12 @@ class Leaf:
         dtypes = {self.files.infos[piece.name].dtype for piece, _ in self.held}
         return dtypes.pop() if len(dtypes) == 1 else self.dtype
 
+    @property
+    def order(self) -> Literal["C", "F"]:
+        """Of a slice in memory: kernels of linear layers lie in the files with their outputs first."""
+        layout = self.held[0][0].layout
+        return "F" if isinstance(layout, Rows) and layout.num_inputs and not layout.input_first else "C"
+
     def read(self, index: Index = ()) -> np.ndarray:
         """float32 values at ``index`` (as NumPy has it, steps of 1): a new array, and no more memory than its own."""
         return self._read(index, self.dtype)
@@ -60,7 +66,7 @@ class Leaf:
     def _read(self, index: Index, dtype: np.dtype) -> np.ndarray:
         whole = [(choice, size) for choice, size in zip(_padded(index, len(self.shape)), self.shape, strict=True)]
         starts = [_range(choice, size) for choice, size in whole]
-        out = np.empty([stop - start for start, stop in starts], dtype)
+        out = _empty([stop - start for start, stop in starts], dtype, self.order, self.is_stacked)
         if self.is_stacked:
             for place, number in enumerate(range(*starts[0])):
                 self._fill(out[place], number, starts[1:])
@@ -304,6 +310,15 @@ def _leaves(wanted: list[Piece], files: TensorFiles) -> Iterator[tuple[str, Leaf
         is_stacked = stacked[path][:1] == (-1,)
         shape = (len(places), *stacked[path][1:]) if is_stacked else stacked[path]
         yield path, Leaf(shape, files, tuple(places[number] for number in sorted(places)), is_stacked)
+
+
+def _empty(lengths: list[int], dtype: np.dtype, order: Literal["C", "F"], is_stacked: bool) -> np.ndarray:
+    """An array in which the slices along the first dimension of a stack, or all of it, have this order."""
+    if order == "C":
+        return np.empty(lengths, dtype)
+    first = 1 if is_stacked else 0
+    reverse = (*range(first), *range(len(lengths) - 1, first - 1, -1))
+    return np.empty([lengths[dim] for dim in reverse], dtype).transpose(reverse)
 
 
 def _padded(index: Index, num_dims: int) -> Index:

@@ -17,15 +17,15 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype,
 
     A layer with a window has slots for the window and the ``part`` tokens that are written at once, if those are fewer.
 
-    A list over segments of tuples over the segment's pattern; each array is (repeats, batch, slots, kv_heads, head_dim)
+    A list over segments of tuples over the segment's pattern; each array is (repeats, batch, kv_heads, slots, head_dim)
     in ``dtype``, sharded by batch over (data, fsdp) and by kv_heads over ``tensor`` where that divides them.
     """
 
     def zeros(repeats: int, kind: str):
         window = config.window(kind)  # pyright: ignore[reportArgumentType]
         kept = slots if window is None else min(slots, slots_of_window(window, part))
-        shape = (repeats, batch, kept, config.kv_heads, config.head_width)
-        spec = activation_spec(("layers", "batch", "seq", "kv_heads", "head_dim"), shape)
+        shape = (repeats, batch, config.kv_heads, kept, config.head_width)
+        spec = activation_spec(("layers", "batch", "kv_heads", "seq", "head_dim"), shape)
         return jnp.zeros(shape, dtype, out_sharding=spec)
 
     return [

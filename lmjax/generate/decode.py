@@ -12,6 +12,7 @@ from lmjax.data.tokenizer_stream import incremental_decoder
 from lmjax.errors import InputError
 from lmjax.generate.model import Model, place, place_rows
 from lmjax.generate.options import Options
+from lmjax.generate.prepared import prepared
 from lmjax.generate.sampling import Sampling, row_keys
 from lmjax.generate.steps import NOTHING, Found, Steps
 from lmjax.generate.text import TextStream
@@ -60,6 +61,7 @@ class Generator:
         self._vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)
         eos_id = NOTHING if tokenizer.eos_id is None else tokenizer.eos_id
         steps = Steps(model, execution, self._vocab_size, eos_id)
+        self._execution = execution
         self._start = jax.jit(steps.start, static_argnames=("samples", "max_new", "logprobs", "truncates"))
         self._advance = jax.jit(steps.advance, static_argnames="truncates", donate_argnums=1)
 
@@ -148,6 +150,7 @@ class Generator:
         ]
         look = 1 if on_text is not None else STEPS_PER_LOOK if options.stop else options.max_tokens
         with jax.set_mesh(mesh):
+            ready = prepared(params, self._execution, options.max_tokens)
             state, found, done = self._start(
                 params,
                 *(place_rows(value, mesh) for value in (tokens, lengths, all_keys)),
@@ -169,7 +172,7 @@ class Generator:
                 until = place(np.asarray(min(count + look, options.max_tokens), np.int32), replicated(mesh))
                 del found
                 state, found, done = self._advance(
-                    params, state, place_rows(stopped, mesh), until, sampling, truncates=options.truncates
+                    ready, state, place_rows(stopped, mesh), until, sampling, truncates=options.truncates
                 )
         on_host = jax.device_get(found)
         made = [reader.continuation(on_host, row) for row, reader in enumerate(readers)]

@@ -81,8 +81,9 @@ def sample(
 ) -> Int[Array, " batch"]:
     """A token a row, drawn from softmax(logits / temperature); the most probable one (the first of equals) at 0.
 
-    By the Gumbel-max trick: argmax(logits + temperature * noise), which holds for 0 too. ``step`` numbers the draws of
-    a row. The logits are float32, with whole rows on every device; what is -inf is never drawn.
+    By the Gumbel-max trick: argmax(logits + temperature * noise), which holds for 0 too, where no noise is made.
+    ``step`` numbers the draws of a row. The logits are float32, with whole rows on every device; what is -inf is never
+    drawn.
     """
 
     def local(logits_BV, keys_B2, step, temperature):
@@ -90,8 +91,11 @@ def sample(
             key = jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), step)
             return jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32)
 
-        noisy_BV = logits_BV + temperature * jax.vmap(noise)(keys_B2)
-        return jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
+        def noisy():
+            return logits_BV + temperature * jax.vmap(noise)(keys_B2)
+
+        drawn_BV = jax.lax.cond(temperature > 0, noisy, lambda: logits_BV)
+        return jnp.argmax(drawn_BV, axis=-1).astype(jnp.int32)
 
     rows = P(BATCH_AXES, None)
     return jax.shard_map(local, in_specs=(rows, rows, P(), P()), out_specs=P(BATCH_AXES))(

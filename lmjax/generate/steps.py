@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lmjax.generate.cache import empty_cache, repeat_leading, repeat_rows
 from lmjax.generate.model import Model
+from lmjax.generate.prepared import decoding, whole
 from lmjax.generate.sampling import Sampling, sample, truncated
 from lmjax.mesh import BATCH_AXES
 from lmjax.models.decoder import Decoder, Execution, GroupCache
@@ -111,17 +112,21 @@ class Steps(NamedTuple):
         *,
         truncates: bool,
     ) -> tuple[State, Found, Bool[Array, " batch"]]:
-        """Steps until there are ``until`` tokens, or all rows are done; ``stopped`` are done without an EOS."""
-        decoder = self.model.decoder(params)
+        """Steps until there are ``until`` tokens, or all rows are done; ``stopped`` are done without an EOS.
+
+        ``params`` are ``prepared``.
+        """
+        execution = decoding(params, self.execution)
 
         def go_on(state: State) -> jax.Array:
             return (state.count < until) & ~jnp.all(state.done_B)
 
         def step(state: State) -> State:
+            decoder = self.model.decoder(whole(params))
             positions_B1 = (state.column - state.first_B)[:, None]
             write = CacheWrite(state.column, state.first_B, positions_B1[:, 0] + 1)
             hidden_B1D, cache = decoder.hidden_with_cache(
-                state.token_B[:, None], positions_B1, self.execution, state.cache, write
+                state.token_B[:, None], positions_B1, execution, state.cache, write
             )
             return self._chosen(decoder, state._replace(cache=cache), hidden_B1D[:, 0], sampling, truncates)
 

@@ -15,10 +15,13 @@ from jaxtyping import Array, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values, one slot a token: stacked over layers as their parameters are, or of one layer."""
+    """Keys (rotated) and values, one slot a token: stacked over layers as their parameters are, or of one layer.
 
-    keys: Float[Array, "*layers batch slots kv_heads head_dim"]
-    values: Float[Array, "*layers batch slots kv_heads head_dim"]
+    Heads come before slots, so that a head's keys are a matrix that products read as it lies.
+    """
+
+    keys: Float[Array, "*layers batch kv_heads slots head_dim"]
+    values: Float[Array, "*layers batch kv_heads slots head_dim"]
 
 
 class CacheWrite(NamedTuple):
@@ -49,11 +52,11 @@ def appended(
 
     A slot that holds nothing, or padding, has the position -1.
     """
-    slots = cache.keys.shape[2]
-    at = (write.layer, 0, write.start % slots, 0, 0)
+    slots = cache.keys.shape[-2]
+    at = (write.layer, 0, 0, write.start % slots, 0)
     cache = LayerCache(
-        jax.lax.dynamic_update_slice(cache.keys, k_BTKH[None], at),
-        jax.lax.dynamic_update_slice(cache.values, v_BTKH[None], at),
+        jax.lax.dynamic_update_slice(cache.keys, jnp.swapaxes(k_BTKH, 1, 2)[None], at),
+        jax.lax.dynamic_update_slice(cache.values, jnp.swapaxes(v_BTKH, 1, 2)[None], at),
     )
     here = LayerCache(*(jax.lax.dynamic_index_in_dim(stacked, write.layer, 0, keepdims=False) for stacked in cache))
     return cache, here, _key_positions(write, slots, k_BTKH.shape[1])

@@ -27,6 +27,7 @@ class Array:
     """An array, and what was read of it."""
 
     values: np.ndarray
+    order: str = "C"
     reads: list[Any] = dataclasses.field(default_factory=list)
 
     @property
@@ -59,8 +60,10 @@ def write(directory: Path, arrays: dict[str, Array], num_at_once: int = 2) -> No
     write_step(directory, 0, "params", arrays, {"from": "tests"}, dtype="float32", num_at_once=num_at_once)
 
 
-@pytest.mark.parametrize("num_at_once", [1, 4])
-def test_what_is_written_in_slices_is_restored_on_any_mesh(tmp_path, arrays, mesh, small_chunks, num_at_once):
+@pytest.mark.parametrize(("num_at_once", "order"), [(1, "C"), (4, "C"), (2, "F")])
+def test_what_is_written_in_slices_is_restored_on_any_mesh(tmp_path, arrays, mesh, small_chunks, num_at_once, order):
+    for array in arrays.values():
+        array.order = order
     write(tmp_path, arrays, num_at_once)
     assert verify(tmp_path, 0).problems == ()
     for spec in (PartitionSpec(), PartitionSpec(None, "tensor")):
@@ -79,6 +82,17 @@ def test_what_is_written_in_slices_is_restored_on_any_mesh(tmp_path, arrays, mes
             assert np.asarray(found.state[name]).tobytes() == array.values.tobytes(), name
     with pytest.raises(InputError, match="1 arrays of this checkpoint are not those"):
         restore(tmp_path, target | {"norm/scale": target["embed/table"]}, part="params")
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_layers_are_stored_and_read_in_the_order_that_they_came_in(tmp_path, rng, small_chunks, order):
+    values = rng.standard_normal((3, 20, 30), np.float32)
+    write(tmp_path, {"segments/0/up/kernel": Array(values, order)})
+    with open_step(tmp_path) as step:
+        layer = step.read_stored("segments/0/up/kernel", (1,))
+        assert np.array_equal(layer, values[1])
+        assert layer.flags.f_contiguous == (order == "F")
+        assert np.array_equal(step.read("segments/0/up/kernel", (slice(0, 2), slice(3, 5))), values[:2, 3:5])
 
 
 def test_no_slice_is_larger_than_a_chunk_may_be(tmp_path, arrays, small_chunks):

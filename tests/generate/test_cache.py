@@ -30,9 +30,9 @@ def test_cache_is_split_by_rows_and_by_heads_where_they_divide(shape, heads):
         cache = empty_cache(CONFIG, 4, 64, jnp.dtype("bfloat16"), part=PART)
     assert [[stacked.keys.shape[0] for stacked in group] for group in cache] == [[1, 1], [1]]
     for leaf in jax.tree.leaves(cache):
-        assert leaf.shape[1:] in ((4, 64, 2, 4), (4, 8, 2, 4))
+        assert leaf.shape[1:] in ((4, 2, 64, 4), (4, 2, 8, 4))
         assert leaf.dtype == jnp.bfloat16
-        assert leaf.sharding.spec == P(None, BATCH, None, heads, None)
+        assert leaf.sharding.spec == P(None, BATCH, heads, None, None)
 
 
 @pytest.mark.fast
@@ -92,7 +92,7 @@ def cached_logits(config, shape, tokens, params):
 
         _, others = jax.lax.scan(step, cache, jnp.arange(NEW))
         both = jnp.concatenate([first[None], others]).swapaxes(0, 1)
-        return jax.sharding.reshard(both, P()), [leaf.shape[2] for leaf in jax.tree.leaves(cache)]
+        return jax.sharding.reshard(both, P()), [leaf.shape[-2] for leaf in jax.tree.leaves(cache)]
 
     prompts = np.full((len(LENGTHS), COLUMNS), 77, np.int32)  # 77: padding, seen by nothing
     for row, length in enumerate(LENGTHS):

@@ -22,15 +22,16 @@ def run_cached(mesh, case, window, heads="tensor", dtype=np.float32, features=PL
     """The last positions of a row whose keys are scattered over more slots than it has, others holding rubbish."""
     batch, length = case.q.shape[:2]
     rng = np.random.default_rng(0)
-    k = rng.normal(size=(batch, SLOTS, *case.k.shape[2:])).astype(np.float32)
+    num_kv_heads, head_dim = case.k.shape[2:]
+    k = rng.normal(size=(batch, num_kv_heads, SLOTS, head_dim)).astype(np.float32)
     v = rng.normal(size=k.shape).astype(np.float32)
     key_positions = np.full((batch, SLOTS), -1, np.int32)
     for row in range(batch):
         slots = rng.permutation(SLOTS)[:length]
-        k[row, slots], v[row, slots] = case.k[row], case.v[row]
+        k[row][:, slots], v[row][:, slots] = case.k[row].swapaxes(0, 1), case.v[row].swapaxes(0, 1)
         key_positions[row, slots] = np.arange(length)
     positions = np.broadcast_to(np.arange(length - NEW, length, dtype=np.int32), (batch, NEW))
-    rows, kv = P(BATCH, None), P(BATCH, None, heads, None)
+    rows, kv = P(BATCH, None), P(BATCH, heads, None, None)
     extras = features.extras(case)
 
     def cached(*inputs):
@@ -88,14 +89,14 @@ def test_bfloat16_is_near_float32(one_device, rng):
 
 def test_a_query_of_padding_gives_zero_and_an_empty_cache_nothing(one_device, rng):
     case = make_case(rng, length=NEW)
-    rows, heads = P(BATCH, None), P(BATCH, None, "tensor", None)
+    rows, heads, kv_heads = P(BATCH, None), P(BATCH, None, "tensor", None), P(BATCH, "tensor", None, None)
     padding = np.array([[0, 1, 2, -1, -1], [-1, -1, -1, -1, -1]], np.int32)
     found = run_on(
         one_device,
         functools.partial(cached_attention, window=None, scale=0.3),
         (case.q, heads),
-        (case.k, heads),
-        (case.v, heads),
+        (case.k.swapaxes(1, 2), kv_heads),
+        (case.v.swapaxes(1, 2), kv_heads),
         (padding, rows),
         (padding, rows),
     )
