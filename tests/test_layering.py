@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
+MAX_FAMILY_LINES = 100
+"""Of a family of Hugging Face models: what it takes to add one."""
 
 LAYERS = [
     {"compat"},
@@ -156,6 +158,9 @@ def test_no_source_file_is_long():
     folders = [ROOT / folder for folder in ("lmjax", "tests", "benchmarks", ".ci")]
     lines = {str(file): len(file.read_text().splitlines()) for folder in folders for file in folder.rglob("*.py")}
     assert {file: length for file, length in lines.items() if length > MAX_LINES} == {}
+    families = {file: length for file, length in lines.items() if "/lmjax/convert/families/" in file}
+    assert len(families) > 18
+    assert max(families.values()) <= MAX_FAMILY_LINES
     assert str(ROOT / "lmjax" / "errors.py") in lines
 
 

@@ -60,7 +60,7 @@ def open_model(model: str, overrides: Sequence[str], effective: Sequence[str]) -
     step = int(path.name) if path.name.isdecimal() and path.parent.name == "checkpoints" else None
     run = path if step is None else path.parent.parent
     with reaching(path):
-        is_run = path.exists() and (run / "config.yaml").exists()
+        is_run = (run / "config.yaml").exists()
     return _open_run(run, step, overrides) if is_run else _open_foreign(model, overrides)
 
 

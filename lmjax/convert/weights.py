@@ -72,7 +72,7 @@ def open_weights(path: str) -> Source | Saved:
 def find_saved(place: epath.Path) -> Saved | None:
     """The model of ours that is in ``place``, or None. Raises InputError where nothing was saved in it yet."""
     with reaching(place):
-        if place.name.isdecimal() and place.parent.name == CHECKPOINTS and place.exists():
+        if place.name.isdecimal() and place.parent.name == CHECKPOINTS and place.parent.exists():
             root, step = place.parent.parent, int(place.name)
         elif (place / CHECKPOINTS).exists():
             root, step = place, None
@@ -81,6 +81,8 @@ def find_saved(place: epath.Path) -> Saved | None:
         steps = list_steps(root / CHECKPOINTS)
     if not steps:
         raise InputError(f"{place}: no checkpoint was saved yet. Train it first, or wait for its first save")
+    if step is not None and step not in steps:
+        raise InputError(f"{place}: no checkpoint of step {step}. Checkpoints here: {', '.join(map(str, steps))}")
     manifest = read_manifest(root / CHECKPOINTS, steps[-1] if step is None else step)
     model = json.dumps(manifest.metadata["config"]["model"])
     config = pydantic.TypeAdapter(DecoderConfig).validate_json(model)

@@ -110,6 +110,7 @@ def test_models_with_different_parameters_are_told_apart_by_their_configs(source
         (["export", "{source}", "{out}"], "a Hugging Face model already"),
         (["export", "{nowhere}", "{out}"], "no such file or directory"),
         (["export", "{imported}", "{taken}"], "not empty"),
+        (["export", "{imported}/checkpoints/3", "{out}"], "no checkpoint of step 3. Checkpoints here: 0"),
         (["export", "{imported}", "{out}", "--shard-size", "0GB"], "--shard-size is '0GB'"),
         (["check", "{source}", "{taken}"], "not a model"),
     ],
