@@ -101,11 +101,12 @@ def check(
 
     Example: lmjax convert check models/llama3_2_1b downloads/Llama-3.2-1B
     """
-    from lmjax.convert.check import compare, config_differences, joined, shapes_differ
+    from lmjax.convert.check import compare, joined, shapes_differ
+    from lmjax.convert.resemblance import differing_fields
 
     with contextlib.ExitStack() as stack:
         (first, config), (second, other_config) = (stack.enter_context(_reading(model)) for model in (one, other))
-        fields = config_differences(config, other_config)
+        fields = differing_fields(config, other_config)
         if shapes_differ(config, other_config):
             lines = [f"  model.{name}: {left!r} and {right!r}" for name, left, right in fields]
             raise InputError("\n".join([f"{one} and {other} have different parameters:", *lines]))

@@ -1,13 +1,11 @@
 """Two models compared, parameter by parameter and layer by layer, without either being whole in memory."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from lmjax.checkpoint.slices import Index
-from lmjax.convert.resemblance import resolved
 from lmjax.models.config import DecoderConfig
 from lmjax.models.shapes import parameter_shapes
 
@@ -34,14 +32,6 @@ class Difference(NamedTuple):
     """Values in all."""
     largest: float
     """The largest absolute difference; NaN where one value is NaN and the other is not."""
-
-
-def config_differences(one: DecoderConfig, other: DecoderConfig) -> list[tuple[str, object, object]]:
-    """Fields in which two trained models differ, with both values; dropout and initialisation are not looked at."""
-    first, second = resolved(one), resolved(other)
-    names = [field.name for field in dataclasses.fields(first)]  # pyright: ignore[reportArgumentType]
-    pairs = ((name, getattr(first, name), getattr(second, name)) for name in names)
-    return [(name, left, right) for name, left, right in pairs if left != right]
 
 
 def shapes_differ(one: DecoderConfig, other: DecoderConfig) -> bool:

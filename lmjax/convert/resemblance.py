@@ -43,13 +43,15 @@ def differences(family: Family, config: DecoderConfig) -> list[str] | None:
         read = read_model(family, family.write_config(config), family.model_type)
     except InputError:
         return None
-    ours, theirs = resolved(config), resolved(read)
-    fields = [field.name for field in dataclasses.fields(ours)]  # pyright: ignore[reportArgumentType]
-    return [
-        f"{name}: {getattr(ours, name)!r}, and there {getattr(theirs, name)!r}"
-        for name in fields
-        if getattr(ours, name) != getattr(theirs, name)
-    ]
+    return [f"{name}: {ours!r}, and there {theirs!r}" for name, ours, theirs in differing_fields(config, read)]
+
+
+def differing_fields(one: DecoderConfig, other: DecoderConfig) -> list[tuple[str, Any, Any]]:
+    """The fields in which two trained models differ, with both values, as ``resolved`` has them."""
+    first, second = resolved(one), resolved(other)
+    names = [field.name for field in dataclasses.fields(first)]  # pyright: ignore[reportArgumentType]
+    pairs = ((name, getattr(first, name), getattr(second, name)) for name in names)
+    return [(name, left, right) for name, left, right in pairs if left != right]
 
 
 def resolved(config: DecoderConfig) -> DecoderConfig:

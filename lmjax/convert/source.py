@@ -137,9 +137,6 @@ class Source:
     def _infos(self) -> list[TensorInfo]:
         return [self.files.infos[piece.name] for piece in self.pieces]
 
-    def leaf(self, path: str) -> Leaf:
-        return self.leaves[path]
-
     def chunk(self, path: str) -> Shape:
         """The part of a parameter that is read in one go."""
         leaf = self.leaves[path]

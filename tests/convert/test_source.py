@@ -76,7 +76,7 @@ def test_parameters_are_the_transposed_and_stacked_tensors(source):
 def test_a_slice_is_that_of_the_whole(source, index):
     opened = open_source(source)
     for path in (UP, "segments/0/blocks/0/attention/key/kernel", "embed/table"):
-        part = index[: len(opened.leaf(path).shape)]
+        part = index[: len(opened.leaves[path].shape)]
         found, expected = opened.read(path, part), opened.read(path)[part]
         assert found.shape == expected.shape
         assert np.array_equal(found, expected)
