@@ -24,7 +24,7 @@ class Found(NamedTuple):
     """Another number when its content is another: the time at which it was written, in nanoseconds, on a disk."""
 
 
-def find_files(path: str, extensions: tuple[str, ...], where: str) -> list[Found]:
+def find_files(path: str, extensions: tuple[str, ...], where: str) -> Iterator[Found]:
     """A file, the files of a directory that have the extensions, or those that a glob matches, in no order.
 
     Packed files have their extension before .gz or .zst. ``where`` is the key in the config, for the InputError that is
@@ -33,20 +33,22 @@ def find_files(path: str, extensions: tuple[str, ...], where: str) -> list[Found
     if is_remote(path):
         found, missing = _find_remote(path, extensions)
     elif os.path.isfile(path):
-        return [_on_disk(os.path.basename(path), path)]
+        found, missing = iter([_on_disk(os.path.basename(path), path)]), ""
     elif os.path.isdir(path):
-        found = list(walk(path, extensions))
+        found = walk(path, extensions)
         missing = f"no file in the directory {path} ends in {', '.join(extensions)}"
     elif glob.has_magic(path):
         root = _fixed_part(path)
         matches = (match for match in glob.iglob(path, recursive=True) if os.path.isfile(match))
-        found = [_on_disk(Path(os.path.relpath(match, root)).as_posix(), match) for match in matches]
+        found = (_on_disk(Path(os.path.relpath(match, root)).as_posix(), match) for match in matches)
         missing = f"the glob {path} matches no file"
     else:
-        found, missing = [], f"there is no file or directory {path}"
-    if not found:
+        found, missing = iter(()), f"there is no file or directory {path}"
+    first = next(found, None)
+    if first is None:
         raise InputError(f"{where}.path: {missing}; name a file, a directory or a glob that has text")
-    return found
+    yield first
+    yield from found
 
 
 def walk(root: str, extensions: tuple[str, ...], left_out: frozenset[str] = frozenset()) -> Iterator[Found]:
@@ -59,7 +61,7 @@ def walk(root: str, extensions: tuple[str, ...], left_out: frozenset[str] = froz
                 yield _on_disk(Path(os.path.relpath(path, root)).as_posix(), path)
 
 
-def _find_remote(path: str, extensions: tuple[str, ...]) -> tuple[list[Found], str]:
+def _find_remote(path: str, extensions: tuple[str, ...]) -> tuple[Iterator[Found], str]:
     """What there is in a store, by one listing, and what to say if it is nothing."""
     import fsspec
 
@@ -74,13 +76,13 @@ def _find_remote(path: str, extensions: tuple[str, ...]) -> tuple[list[Found], s
             root, found = place.rstrip("/"), system.find(place, detail=True)
             missing = f"there is no object {path}, and none below it ends in {', '.join(extensions)}"
             if list(found) == [root]:
-                return [_in_store(os.path.basename(root), scheme, root, found[root])], missing
+                return iter([_in_store(os.path.basename(root), scheme, root, found[root])]), missing
             found = {key: info for key, info in found.items() if _unpacked_name(key).endswith(extensions)}
-    return [
+    return (
         _in_store(key.removeprefix(f"{root}/"), scheme, key, info)
         for key, info in found.items()
         if info["type"] == "file" and "/." not in key.removeprefix(root)
-    ], missing
+    ), missing
 
 
 def _in_store(name: str, scheme: str, key: str, info: dict[str, Any]) -> Found:

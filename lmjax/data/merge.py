@@ -14,6 +14,9 @@ from lmjax.data.index import ShardEntry
 from lmjax.data.parts import SPLITS, Volume, read_split, read_tokens
 from lmjax.data.shards import shard_file, write_shard
 
+COUNTED_TOKENS = 2**17
+"""How many tokens are counted at a time: each takes 8 bytes for a moment."""
+
 
 class Take(NamedTuple):
     """Documents of one volume of a part that go to one shard."""
@@ -73,11 +76,12 @@ def select(volumes: Sequence[Volume], *, directory: Path, shard_bytes: int, dtyp
     duplicates = 0
     for split in SPLITS:
         shards: dict[str | None, dict[int, list[Take]]] = {}
-        seen: set[bytes] = set()
         tokens_before: dict[str | None, int] = collections.defaultdict(int)
+        is_first = _first_of_equals(volumes, split)
         for volume in volumes:
-            digests, lengths = read_split(volume.path, split)
-            kept = np.fromiter(_first_seen(digests, seen), np.int64)
+            lengths = read_split(volume.path, split).lengths
+            here, is_first = np.split(is_first, [len(lengths)])
+            kept = np.flatnonzero(here)
             duplicates += len(lengths) - len(kept)
             starts = tokens_before[volume.source] + np.cumsum(lengths[kept]) - lengths[kept]
             tokens_before[volume.source] += int(lengths[kept].sum())
@@ -107,27 +111,32 @@ def make_shard(job: ShardJob) -> MadeShard:
     return MadeShard(ShardEntry(**entry), counts)
 
 
-def _first_seen(digests: np.ndarray, seen: set[bytes]) -> Iterator[int]:
-    """Numbers of the documents that no earlier one equals."""
-    content = digests.tobytes()
-    size = digests.shape[1]
-    for number in range(len(digests)):
-        digest = content[number * size : (number + 1) * size]
-        if digest not in seen:
-            seen.add(digest)
-            yield number
+def _first_of_equals(volumes: Sequence[Volume], split: str) -> np.ndarray:
+    """bool [documents of all volumes]: those that no earlier one equals."""
+    digests = np.concatenate([read_split(volume.path, split).digests for volume in volumes])
+    halves = digests.view(np.uint64)
+    order = np.lexsort(halves.T)  # stable: of equals, the first comes first
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for half in halves.T:
+        ordered = half[order]
+        same &= ordered[1:] == ordered[:-1]
+    is_first = np.ones(len(order), bool)
+    is_first[order[1:][same]] = False
+    return is_first
 
 
 def _documents(job: ShardJob, counts: np.ndarray) -> Iterator[np.ndarray]:
-    """The documents of a shard; ``counts`` is raised by their targets, a part at a time."""
+    """The documents of a shard; ``counts`` is raised by their targets, some documents at a time."""
+    targets: list[np.ndarray] = []
     for take in job.takes:
         tokens, lengths = read_tokens(take.path, job.split)
         ends = np.cumsum(lengths)
-        starts = ends - lengths
-        kept = np.zeros(len(lengths), bool)
-        kept[take.numbers] = True
-        is_target = np.repeat(kept, lengths)
-        is_target[starts[kept]] = False
-        counts += np.bincount(tokens[is_target], minlength=job.vocab_size)
-        for start, end in zip(starts[take.numbers].tolist(), ends[take.numbers].tolist(), strict=True):
-            yield tokens[start:end]
+        for number in take.numbers.tolist():
+            document = tokens[ends[number] - lengths[number] : ends[number]]
+            targets.append(document[1:])
+            if sum(map(len, targets)) >= COUNTED_TOKENS:
+                counts += np.bincount(np.concatenate(targets), minlength=job.vocab_size)
+                targets = []
+            yield document
+    if targets:
+        counts += np.bincount(np.concatenate(targets), minlength=job.vocab_size)

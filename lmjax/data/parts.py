@@ -13,16 +13,19 @@ import numpy as np
 from lmjax.data.clean import clean
 from lmjax.data.files import replacing
 from lmjax.data.index import SkippedInput
-from lmjax.data.sources import InputFile, Piece, cut, read_texts
+from lmjax.data.input_files import InputFile
+from lmjax.data.sources import Piece, cut, read_texts
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
 DIGEST_BYTES = 16
-BATCH_CHARACTERS = 2**20
+BATCH_CHARACTERS = 2**18
 """Text that is tokenized in one call: its tokens are Python integers for a moment, of 36 bytes each."""
-MIN_PART_BYTES, MAX_PART_BYTES = 2**19, 2**25
+MIN_PART_BYTES, MAX_PART_BYTES = 2**19, 2**23
 PARTS = 256
 """Into about so many parts sources are cut, within the bounds on a part's bytes."""
+MAX_PIECES = 2**12
+"""How many pieces a part has at most, however small they are."""
 VOLUME_CHARACTERS = 2**25
 """Text after which the documents of a part go on in another file: one piece may be an archive of any size."""
 MAX_NAMED = 100
@@ -43,24 +46,33 @@ class Recipe(NamedTuple):
     """Of tokens."""
 
 
-class PartJob(NamedTuple):
-    """Some pieces of one source that one process works on."""
+class Part(NamedTuple):
+    """Some pieces of one source that one process works on, told without naming them all."""
 
-    pieces: tuple[Piece, ...]
-    recipe: Recipe
+    first: int
+    """Place of the file in which it begins, among all files."""
+    start: int
+    """Where in that file its first piece begins."""
+    num_pieces: int
+    num_bytes: int
+    """Of the files, as they are stored."""
+    source: int
+    """Place of the source in the config."""
     key: str
     """Digest of all that the result depends on; files count by name, size and time."""
     path: str
     """Where the result goes."""
 
-    @property
-    def source(self) -> int:
-        """Place of the source in the config."""
-        return self.pieces[0].file.source
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(piece.stop - piece.start for piece in self.pieces)
+class PartJob(NamedTuple):
+    """What it takes to make a part."""
+
+    pieces: tuple[Piece, ...]
+    recipe: Recipe
+    key: str
+    """Of the part."""
+    path: str
+    """Where the result goes."""
 
 
 class PartSums(NamedTuple):
@@ -97,27 +109,51 @@ class SplitOfPart(NamedTuple):
     """int64 [documents]: tokens, with BOS and EOS."""
 
 
-def part_jobs(files: Sequence[InputFile], recipe: Recipe, directory: Path) -> list[PartJob]:
-    """All the work, in the order of the sources, the same however many processes do it."""
-    size = min(max(sum(file.size for file in files) // PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
-    jobs = []
-    pieces: list[Piece] = []
-    filled = 0
-    for piece in cut(files, size):
-        if pieces and (filled + piece.stop - piece.start > size or piece.file.source != pieces[0].file.source):
-            jobs.append(_job(pieces, recipe, directory))
-            pieces, filled = [], 0
-        pieces.append(piece)
-        filled += piece.stop - piece.start
-    if pieces:
-        jobs.append(_job(pieces, recipe, directory))
-    return jobs
+class Parts:
+    """All the work, in the order of the sources, the same however many processes do it.
 
+    There may be as many files as there are documents: pieces are made anew where they are needed.
+    """
 
-def _job(pieces: list[Piece], recipe: Recipe, directory: Path) -> PartJob:
-    known = [(piece.file._replace(path=""), piece.start, piece.stop) for piece in pieces]
-    key = hashlib.sha256(json.dumps([recipe._replace(tokenizer=""), known]).encode()).hexdigest()
-    return PartJob(tuple(pieces), recipe, key, str(directory / f"{key}.npz"))
+    def __init__(self, files: Sequence[InputFile], recipe: Recipe, directory: Path):
+        self._files, self._recipe, self._directory = files, recipe, directory
+        self._size = min(max(sum(file.size for file in files) // PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+        self.parts = list(self._find_parts())
+
+    def job(self, part: Part) -> PartJob:
+        files = (self._files[number] for number in range(part.first, len(self._files)))
+        pieces = itertools.islice(cut(files, self._size, part.start), part.num_pieces)
+        return PartJob(tuple(pieces), self._recipe, part.key, part.path)
+
+    def _find_parts(self) -> Iterator[Part]:
+        pieces: list[Piece] = []
+        filled = first = 0
+        for number, file in enumerate(self._files):
+            for piece in cut([file], self._size):
+                size = piece.stop - piece.start
+                full = filled + size > self._size or len(pieces) == MAX_PIECES
+                if pieces and (full or file.source != pieces[0].file.source):
+                    yield self._part(first, pieces)
+                    pieces, filled = [], 0
+                if not pieces:
+                    first = number
+                pieces.append(piece)
+                filled += size
+        if pieces:
+            yield self._part(first, pieces)
+
+    def _part(self, first: int, pieces: list[Piece]) -> Part:
+        known = [(piece.file._replace(path=""), piece.start, piece.stop) for piece in pieces]
+        key = hashlib.sha256(json.dumps([self._recipe._replace(tokenizer=""), known]).encode()).hexdigest()
+        return Part(
+            first=first,
+            start=pieces[0].start,
+            num_pieces=len(pieces),
+            num_bytes=sum(piece.stop - piece.start for piece in pieces),
+            source=pieces[0].file.source,
+            key=key,
+            path=str(self._directory / f"{key}.npz"),
+        )
 
 
 def make_part(job: PartJob) -> PartSums:
@@ -176,15 +212,15 @@ def _write(path: str, held: _Held, notes: dict[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
-def volumes(job: PartJob, count: int, source: str | None) -> list[Volume]:
+def volumes(part: Part, count: int, source: str | None) -> list[Volume]:
     """The ``count`` files of a finished part, in the order of its documents."""
-    earlier = (_volume(job, number) for number in range(count - 1))
-    return [volume._replace(source=source) for volume in (*earlier, Volume(job.path, job.key))]
+    earlier = (_volume(part, number) for number in range(count - 1))
+    return [volume._replace(source=source) for volume in (*earlier, Volume(part.path, part.key))]
 
 
-def _volume(job: PartJob, number: int) -> Volume:
+def _volume(part: Part | PartJob, number: int) -> Volume:
     """One of those before the last, which stands for the part."""
-    return Volume(f"{job.path.removesuffix('.npz')}.{number}.npz", f"{job.key}.{number}")
+    return Volume(f"{part.path.removesuffix('.npz')}.{number}.npz", f"{part.key}.{number}")
 
 
 def read_sums(path: str) -> PartSums:

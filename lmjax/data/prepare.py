@@ -7,10 +7,11 @@ finds what it had made, and ends with the same bytes. What is finished moves out
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,13 @@ import pydantic
 from lmjax.data.config import DataConfig
 from lmjax.data.files import write_bytes, writing
 from lmjax.data.index import INDEX_FILE, Index, read_index, write_index
+from lmjax.data.input_files import InputFile
 from lmjax.data.merge import make_shard, select
-from lmjax.data.parts import MAX_NAMED, PartJob, PartSums, Recipe, make_part, part_jobs, read_sums, volumes
+from lmjax.data.parts import MAX_NAMED, Parts, PartSums, Recipe, make_part, read_sums, volumes
 from lmjax.data.plans import ensure_plans
 from lmjax.data.sample import sample_texts, train_model
 from lmjax.data.shards import token_dtype
-from lmjax.data.sources import InputFile, check_columns, list_files
+from lmjax.data.sources import check_columns, list_files
 from lmjax.data.tokenizer import (
     HuggingFaceFile,
     SentencePieceFile,
@@ -194,11 +196,11 @@ def _make(
         fingerprint=tokenizer.fingerprint,
         dtype=dtype,
     )
-    parts = part_jobs(files, recipe, work / "parts")
+    parts = Parts(files, recipe, work / "parts")
     sums = _make_parts(parts, workers, report)
     found = [
         volume
-        for part, of_part in zip(parts, sums, strict=True)
+        for part, of_part in zip(parts.parts, sums, strict=True)
         for volume in volumes(part, of_part.volumes, data.sources[part.source].name)
     ]
     selection = select(
@@ -255,8 +257,8 @@ def _make_tokenizer(
 ) -> Tokenizer:
     """The tokenizer, with its file in ``work``."""
     if isinstance(config, SentencePieceTrained):
-        known = [repr(config), data.normalize, data.ftfy, data.validation_fraction, [file[1:] for file in files]]
-        key = hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        known = [repr(config), data.normalize, data.ftfy, data.validation_fraction]
+        key = _digest(itertools.chain(known, (file[1:] for file in files)))
         trained = work / f"trained-{key}.model"
         if not trained.is_file():
             report(Progress("train tokenizer", 0, 1, 0, 0))
@@ -269,15 +271,16 @@ def _make_tokenizer(
     return tokenizer
 
 
-def _make_parts(parts: Sequence[PartJob], workers: Workers, report: Callable[[Progress], None]) -> list[PartSums]:
+def _make_parts(work: Parts, workers: Workers, report: Callable[[Progress], None]) -> list[PartSums]:
     """Make the parts that are not there yet; the sums of all, in order."""
+    parts = work.parts
     found = [read_sums(part.path) if Path(part.path).is_file() else None for part in parts]
     missing = [number for number, sums in enumerate(found) if sums is None]
     total = sum(part.num_bytes for part in parts)
     done = total - sum(parts[number].num_bytes for number in missing)
     documents, tokens = (sum(getattr(sums, name) for sums in found if sums) for name in ("documents", "tokens"))
     report(Progress("tokenize", done, total, documents, tokens))
-    for place, sums in workers.run(make_part, [parts[number] for number in missing]):
+    for place, sums in workers.run(make_part, (work.job(parts[number]) for number in missing)):
         number = missing[place]
         found[number] = sums
         done += parts[number].num_bytes
@@ -296,12 +299,20 @@ def _publish(index: Index, work: Path, directory: Path) -> None:
 
 
 def _inputs(files: Sequence[InputFile]) -> dict[str, Any]:
-    known = [(file.source, file.name, file.size) for file in files]
     return {
         "files": len(files),
         "bytes": sum(file.size for file in files),
-        "digest": hashlib.sha256(json.dumps(known).encode()).hexdigest(),
+        "digest": _digest((file.source, file.name, file.size) for file in files),
     }
+
+
+def _digest(items: Iterable[Any]) -> str:
+    """SHA-256 of the JSON list of all items, which is not in memory as a whole."""
+    digest = hashlib.sha256(b"[")
+    for number, item in enumerate(items):
+        digest.update((", " if number else "").encode() + json.dumps(item).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _describe(index: Index) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from lmjax.data.clean import clean
 from lmjax.data.config import DataConfig
 from lmjax.data.files import write_bytes
 from lmjax.data.index import SkippedInput
+from lmjax.data.input_files import InputFile
 from lmjax.data.parts import digest_of, split_of
-from lmjax.data.sources import InputFile, Piece, cut, list_files, read_texts
+from lmjax.data.sources import Piece, cut, list_files, read_texts
 from lmjax.data.tokenizer import SentencePieceTrained, TokenizerConfig, load_tokenizer
 from lmjax.data.tokenizer_sentencepiece import SPACE_MARK, SentencePieceTokenizer
 from lmjax.errors import InputError
@@ -63,7 +65,7 @@ def sampled_texts(files: Sequence[InputFile], data: DataConfig, sample_bytes: in
     """The texts of ``sample_texts``, one after the other; none where there are none."""
     seen = set()
     left = sample_bytes
-    for piece in sorted(cut(files, PIECE_BYTES), key=_place):
+    for piece in _shuffled(files):
         for found in read_texts(piece):
             if isinstance(found, SkippedInput):
                 continue
@@ -119,6 +121,18 @@ def _misfit(vocab_size: int, num_bytes: int, message: str) -> str:
     if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return f"{where} with so many different characters that {least[1]} tokens are taken; raise it above that"
     return f"{where}, on which SentencePiece cannot be trained: {message}"
+
+
+def _shuffled(files: Sequence[InputFile]) -> Iterator[Piece]:
+    # Of each piece its place, and where it is, in one object: there may be millions.
+    places = sorted(
+        _place(piece) + struct.pack(">QQ", number, piece.start)
+        for number, file in enumerate(files)
+        for piece in cut([file], PIECE_BYTES)
+    )
+    for place in places:
+        number, start = struct.unpack(">QQ", place[-16:])
+        yield next(cut([files[number]], PIECE_BYTES, start))
 
 
 def _place(piece: Piece) -> bytes:

@@ -21,6 +21,8 @@ from lmjax.paths import sha256_of
 
 WRITER_OPTIONS = "group_size:1"
 READER_OPTIONS = "readahead_buffer_size:0"
+ONE_PASS_OPTIONS = "readahead_buffer_size:1048576,max_parallelism:1"
+"""Reading lengths from beginning to end: in this thread, with a small buffer, it is as fast and takes 15 MiB less."""
 MAX_OPEN_SHARDS = 256
 FIX = "copy the dataset anew, or delete the directory and run `lmjax data prepare` again"
 
@@ -116,7 +118,7 @@ class Documents:
         lengths = np.empty(len(self), np.int64)
         for shard, entry in enumerate(self._shards):
             with self._reading(entry) as path:
-                reader = self._open(path, entry, "")
+                reader = self._open(path, entry, ONE_PASS_OPTIONS)
                 start = self._starts[shard]
                 for number in range(entry.documents):
                     lengths[start + number] = len(reader.read()) // self._dtype.itemsize

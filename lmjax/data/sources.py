@@ -3,15 +3,16 @@
 import itertools
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from lmjax.data import text_files
-from lmjax.data.archives import is_archive, open_packed, open_unpacked
+from lmjax.data.archives import open_packed, open_unpacked
 from lmjax.data.config import Content, CsvSource, FilesSource, Source, StdlibSource, TableSource
-from lmjax.data.fields import parse_template
+from lmjax.data.fields import Template, parse_template
 from lmjax.data.find import Found, find_files, walk
 from lmjax.data.index import SkippedInput
+from lmjax.data.input_files import InputFile, InputFiles
 from lmjax.data.parquet import check_parquet, read_parquet
 from lmjax.data.records import decode, find_columns, read_csv, read_jsonl, refuse_column
 from lmjax.data.text_files import read_document, stream_documents
@@ -30,31 +31,6 @@ CODE_EXTENSIONS = (
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 
 
-class InputFile(NamedTuple):
-    """One file of a source."""
-
-    path: str
-    name: str
-    """Relative to its source, with slashes: the same wherever the source lies."""
-    source: int
-    """Place of its source in the config."""
-    size: int
-    """Bytes."""
-    mtime_ns: int
-    content: Content
-    kind: Literal["files", "jsonl", "csv", "parquet"] = "files"
-    """What is in it: text, or rows of this kind."""
-    text_field: str = ""
-    """Where the text of a row is."""
-    delimiter: str = ""
-    """Between the values of a csv file."""
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether a part of it can be read without what comes before."""
-        return self.kind != "csv" and (self.kind == "parquet" or not is_archive(self.path))
-
-
 class Piece(NamedTuple):
     """Bytes of a file as it is stored. A line, a document or a row group belongs to the piece in which it starts."""
 
@@ -63,14 +39,14 @@ class Piece(NamedTuple):
     stop: int
 
 
-def list_files(sources: Sequence[Source]) -> list[InputFile]:
+def list_files(sources: Sequence[Source]) -> InputFiles:
     """Every file of the sources, source after source, each sorted by name.
 
     Raises InputError for a source that has none.
     """
-    files = []
+    files = InputFiles()
     for number, source in enumerate(sources):
-        found = [
+        found = InputFiles(
             InputFile(
                 path=file.path,
                 name=file.name,
@@ -83,9 +59,14 @@ def list_files(sources: Sequence[Source]) -> list[InputFile]:
                 delimiter=source.delimiter if isinstance(source, CsvSource) else "",
             )
             for file, content in _find(source, f"data.sources.{number}")
-        ]
-        files += sorted(found, key=lambda file: (file.name, file.path))
+        )
+        files.extend(found[place] for place in sorted(range(len(found)), key=lambda place: _sort_key(found[place])))
     return files
+
+
+def _sort_key(file: InputFile) -> str:
+    """Sorts as the pair would, in one object a file."""
+    return f"{file.name}\0{file.path}"
 
 
 def check_columns(files: Sequence[InputFile]) -> None:
@@ -94,28 +75,28 @@ def check_columns(files: Sequence[InputFile]) -> None:
     That of a table is told by its header; a jsonl file may have lines of several kinds, so that all files of a source
     have to be without it.
     """
-    for _, group in itertools.groupby(files, key=lambda file: file.source):
-        of_source = list(group)
-        if of_source[0].kind == "jsonl":
-            _check_keys(of_source)
-        for file in of_source:
-            template = parse_template(file.text_field) if file.text_field else None
-            if file.kind == "csv" and template is not None:
-                with open_unpacked(file.path) as stream:
-                    next(read_csv(stream, file.path, file.name, template, file.delimiter), None)
-            elif file.kind == "parquet" and template is not None:
-                with open_packed(file.path) as stream:
-                    check_parquet(stream, file.path, template)
+    for _, of_source in itertools.groupby(files, key=lambda file: file.source):
+        first = next(of_source)
+        if first.kind == "jsonl":
+            _check_keys(itertools.chain([first], of_source), first.text_field)
+        elif first.text_field:
+            template = parse_template(first.text_field)
+            for file in itertools.chain([first], of_source):
+                _check_table(file, template)
 
 
-def cut(files: Sequence[InputFile], table_bytes: int) -> Iterator[Piece]:
-    """The pieces of all files in order; one with a document a row is cut every ``table_bytes``, if it can be."""
+def cut(files: Iterable[InputFile], table_bytes: int, start: int = 0) -> Iterator[Piece]:
+    """The pieces of all files in order, from byte ``start`` of the first, which is where a piece of it begins.
+
+    A file with a document a row is cut every ``table_bytes``, if it can be.
+    """
     for file in files:
         step = table_bytes if file.kind != "files" else text_files.DOCUMENT_BYTES
         if not file.is_cut:
             step = max(file.size, 1)
-        for start in range(0, max(file.size, 1), step):
-            yield Piece(file, start, min(start + step, file.size))
+        for start_of_piece in range(start, max(file.size, 1), step):
+            yield Piece(file, start_of_piece, min(start_of_piece + step, file.size))
+        start = 0
 
 
 def read_texts(piece: Piece) -> Iterator[str | SkippedInput]:
@@ -151,8 +132,8 @@ def _read_text_file(piece: Piece) -> Iterator[str | SkippedInput]:
                 yield decode(content, f"{file.name} from byte {start}" if start else file.name)
 
 
-def _check_keys(files: Sequence[InputFile]) -> None:
-    template = parse_template(files[0].text_field)
+def _check_keys(files: Iterable[InputFile], text_field: str) -> None:
+    template = parse_template(text_field)
     first: tuple[str, list[str]] | None = None
     for file in files:
         with open_unpacked(file.path) as stream:
@@ -162,7 +143,16 @@ def _check_keys(files: Sequence[InputFile]) -> None:
         if keys and first is None:
             first = file.path, keys
     if first is not None:
-        refuse_column(first[0], files[0].text_field, first[1])
+        refuse_column(first[0], text_field, first[1])
+
+
+def _check_table(file: InputFile, template: Template) -> None:
+    if file.kind == "csv":
+        with open_unpacked(file.path) as stream:
+            next(read_csv(stream, file.path, file.name, template, file.delimiter), None)
+    elif file.kind == "parquet":
+        with open_packed(file.path) as stream:
+            check_parquet(stream, file.path, template)
 
 
 def _find(source: Source, where: str) -> Iterator[tuple[Found, Content]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from lmjax.data.config import DataConfig
 from lmjax.data.sample import sampled_texts
+from lmjax.data.input_files import InputFiles
 from lmjax.data.sources import list_files
 from lmjax.data.tokenizer import Tokenizer
 from lmjax.errors import InputError
@@ -64,7 +65,8 @@ def report_fertility(tokenizer: Tokenizer, data: DataConfig, sample_bytes: int) 
     files = list_files(data.sources)
     rows = []
     for number, source in enumerate(data.sources):
-        texts = sampled_texts([file for file in files if file.source == number], data, sample_bytes)
+        of_source = InputFiles(file for file in files if file.source == number)
+        texts = sampled_texts(of_source, data, sample_bytes)
         rows.append(fertility(tokenizer, source.name or getattr(source, "path", source.kind), texts))
     if not any(row.documents for row in rows):
         raise InputError(f"no text in {len(files)} files: they are empty, or not UTF-8; give files with text")

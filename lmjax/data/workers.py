@@ -1,12 +1,13 @@
 """Running jobs in this process and in others, which start anew (no fork of threads) and never import JAX."""
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Self, TypeVar
 
@@ -35,20 +36,23 @@ class Workers:
         for executor in self._depths:
             executor.shutdown(cancel_futures=True)
 
-    def run(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[int, Result]]:
+    def run(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[tuple[int, Result]]:
         """(number, result) of every job as they finish. The first error of a job is raised, and the rest left undone.
 
-        ``function`` and jobs are pickled. A single job is done in the calling thread.
+        ``function`` and jobs are pickled. A job is taken when a worker is about to need it; a single one is done in the
+        calling thread.
         """
-        if self._num_workers == 1 or len(jobs) <= 1:
-            yield from ((number, function(job)) for number, job in enumerate(jobs))
+        waiting = enumerate(jobs)
+        begin = list(itertools.islice(waiting, 2))
+        waiting = itertools.chain(begin, waiting)
+        if self._num_workers == 1 or len(begin) == 1:
+            yield from ((number, function(job)) for number, job in waiting)
             return
         if not self._depths:
             context = multiprocessing.get_context("spawn")
             others = concurrent.futures.ProcessPoolExecutor(self._num_workers - 1, context, _begin)
             # A few more than there are processes, so that none waits, and no long queue of jobs is pickled.
             self._depths = {concurrent.futures.ThreadPoolExecutor(1): 1, others: 2 * (self._num_workers - 1)}
-        waiting = iter(enumerate(jobs))
         running: dict[concurrent.futures.Future[Result], int] = {}
         given: dict[concurrent.futures.Future[Result], concurrent.futures.Executor] = {}
         try:

@@ -59,7 +59,7 @@ def test_a_source_in_a_store_gives_what_it_gives_on_a_disk(both, kind, path):
 def test_an_object_that_changes_has_another_stamp(both):
     source = JsonlSource(path=f"{both[1]}/e.jsonl")
     (before,) = list_files([source])
-    assert list_files([source]) == [before]
+    assert list(list_files([source])) == [before]
     content = epath.Path(source.path).read_bytes()
     epath.Path(source.path).write_bytes(content.replace(b"line 7", b"line X"))
     (after,) = list_files([source])

@@ -8,17 +8,17 @@ import pytest
 from lmjax.data import parts
 from lmjax.data.config import FilesSource
 from lmjax.data.parts import (
+    Parts,
     Recipe,
     digest_of,
     encode_documents,
     make_part,
-    part_jobs,
     read_split,
     read_sums,
     read_tokens,
     split_of,
 )
-from lmjax.data.sources import list_files
+from lmjax.data.sources import cut, list_files
 from lmjax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 
 pytestmark = pytest.mark.fast
@@ -53,6 +53,11 @@ def test_a_document_is_bos_its_tokens_and_eos(model_bytes):
         assert lengths == [len(tokens) for tokens in expected]
 
 
+def test_a_part_of_tiny_files_has_so_many_at_most(files, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "MAX_PIECES", 2)
+    assert {part.num_pieces for part in Parts(files, recipe, tmp_path).parts} == {1, 2}
+
+
 @pytest.mark.parametrize("batch_characters", [1, 300, 1 << 20])
 @pytest.mark.parametrize("part_bytes", [1, 700, 1 << 20])
 def test_parts_hold_all_documents_in_order_however_they_are_cut(
@@ -60,7 +65,9 @@ def test_parts_hold_all_documents_in_order_however_they_are_cut(
 ):
     monkeypatch.setattr(parts, "BATCH_CHARACTERS", batch_characters)
     monkeypatch.setattr(parts, "MIN_PART_BYTES", part_bytes)
-    jobs = part_jobs(files, recipe, tmp_path)
+    work = Parts(files, recipe, tmp_path)
+    jobs = [work.job(part) for part in work.parts]
+    assert [piece for job in jobs for piece in job.pieces] == list(cut(files, max(part_bytes, 1)))
     assert (len(jobs) == 2) == (part_bytes == 1 << 20), "one of each source"
     found = {"train": [], "validation": []}
     sums = [make_part(job) for job in jobs]
@@ -86,7 +93,7 @@ def test_parts_hold_all_documents_in_order_however_they_are_cut(
 
 def test_the_key_of_a_part_follows_all_that_it_depends_on(files, recipe, tmp_path):
     def keys(files, recipe):
-        return [job.key for job in part_jobs(files, recipe, tmp_path)]
+        return [part.key for part in Parts(files, recipe, tmp_path).parts]
 
     before = keys(files, recipe)
     moved = [file._replace(path=f"/elsewhere{file.path}") for file in files]
