@@ -12,6 +12,8 @@ LINES = 64
 """Rows of a block that is transposed, and"""
 RUN = 2000
 """elements in each: it stays in a core's cache, and no power of two puts its columns in the same place of that."""
+CACHED_BYTES = 1 << 15
+"""A matrix of this size stays in the cache while NumPy transposes it."""
 LOW = {2: np.uint64(0x0000FFFF0000FFFF), 4: np.uint64(0x00000000FFFFFFFF)}
 """By the bytes of an element: every second one of those in 64 bits, which have the first in their low bits."""
 
@@ -23,7 +25,7 @@ def cast_into(out: np.ndarray, values: np.ndarray) -> None:
         return
     out, values = _merged(out, values)
     written, read = _fastest(out), _fastest(values)
-    if written == read:
+    if written == read or values.itemsize * values.shape[written] * values.shape[read] <= CACHED_BYTES:
         np.copyto(out, values, casting="same_kind")
         return
     rest = [range(size) for dim, size in enumerate(out.shape) if dim not in (written, read)]

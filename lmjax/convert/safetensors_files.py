@@ -44,6 +44,9 @@ DTYPES = {
 }
 WRITTEN = {"float32": "F32", "bfloat16": "BF16"}
 PIECE_BYTES = 1 << 24
+"""What is cast in one go, and"""
+WRITE_BYTES = 1 << 18
+"""what is written: for larger writes Linux looks for larger runs of free pages, which takes up to ten times as long."""
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -161,7 +164,9 @@ class SafetensorsWriter:
                 if part.dtype != self._dtype or not part.flags.c_contiguous:
                     piece = np.empty(part.shape, self._dtype)
                     cast_into(piece, part)
-                file.write(piece.reshape(-1).view(np.uint8).data)
+                content = piece.reshape(-1).view(np.uint8).data
+                for begin in range(0, len(content), WRITE_BYTES):
+                    file.write(content[begin : begin + WRITE_BYTES])
             left.remove(name)
             if not left:
                 _sync(file)
