@@ -150,7 +150,10 @@ def _block(shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int, ...]
     for dim, size in enumerate(shape):
         unit = itemsize * math.prod(shape[dim + 1 :]) * math.prod(block)
         most = max(1, min(size, limit // unit))
-        block.append(-(-size // -(-size // most)))  # equal parts: the file has the last one in full
+        fewest = -(-size // most)
+        # Equal parts, which the shards of a mesh can be made of: the file has the last one in full in any case.
+        parts = next((number for number in range(fewest, 2 * fewest) if size % number == 0), fewest)
+        block.append(-(-size // parts))
     return tuple(block)
 
 

@@ -80,6 +80,11 @@ def export(
     weights = open_weights(model)
     if isinstance(weights, Source):
         raise InputError(f"{model}: a Hugging Face model already; give a run, a checkpoint or an imported model")
+    if weights.huggingface is None and "data" not in weights.metadata["config"]:
+        raise InputError(
+            f"{model}: an imported model whose huggingface/ is not on this machine's disk, and with it the tokenizer. "
+            "Copy the directory that `lmjax convert import` wrote to the disk as a whole, and give that"
+        )
     with open_step(weights.checkpoints, step=weights.step) as reader, _progress("export") as report:
         extra: dict[str, Any] = {"huggingface": weights.huggingface}
         if weights.huggingface is None:

@@ -94,7 +94,7 @@ def generate(
 
     from lmjax.generate.decode import Generator
 
-    generator = Generator(opened.blueprint, opened.execution, opened.tokenizer)
+    generator = Generator(opened.blueprint, opened.execution, opened.tokenizer, opened.end_ids)
     if interactive:
         if jax.process_count() > 1:
             raise InputError(f"--interactive: one process reads a terminal, and these are {jax.process_count()}")

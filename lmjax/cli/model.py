@@ -37,6 +37,8 @@ class OpenModel:
     """lmjax.data.tokenizer.Tokenizer."""
     step: int | None
     """Of the checkpoint; None where no run of ours trained the model."""
+    end_ids: frozenset[int] = frozenset()
+    """Tokens that end a text, besides the tokenizer's EOS."""
 
 
 FOREIGN = ("mesh", "precision", "train.attention_kernel")
@@ -102,7 +104,7 @@ def _open_run(run: Any, step: int | None, overrides: Sequence[str]) -> OpenModel
 def _open_foreign(model: str, overrides: Sequence[str]) -> OpenModel:
     """A model with Hugging Face's tokenizer, used in the dtype of its files unless ``overrides`` say otherwise."""
     from lmjax.config import load_inference
-    from lmjax.convert.tokenizer import tokenizer_in
+    from lmjax.convert.tokenizer import end_ids_in, tokenizer_in
     from lmjax.convert.weights import open_weights
     from lmjax.mesh import make_mesh
     from lmjax.startup import start_distributed
@@ -131,6 +133,7 @@ def _open_foreign(model: str, overrides: Sequence[str]) -> OpenModel:
         params=weights.place(placed.params),
         tokenizer=tokenizer,
         step=None,
+        end_ids=end_ids_in(weights.huggingface),
     )
 
 

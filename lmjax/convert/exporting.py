@@ -24,13 +24,13 @@ from lmjax.convert.pieces import Piece, Slice, pieces
 from lmjax.convert.resemblance import choose_family, is_unchanged
 from lmjax.convert.safetensors_files import SafetensorsWriter
 from lmjax.convert.settings import CONFIG_FILE, WITHOUT_EFFECT, read_config_file, write_json
+from lmjax.convert.tokenizer import GENERATION_FILE
 from lmjax.models.config import DecoderConfig
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 DEFAULT_SHARD_BYTES = 5_000_000_000
 CARD = "README.md"
-GENERATION = "generation_config.json"
 NOT_COPIED = (CONFIG_FILE, EXTRA_FILE, CARD)
 
 
@@ -240,5 +240,5 @@ def _write_files(
             (directory / name).write_bytes(content)
         else:
             shutil.copyfile(content, directory / name)
-    if not (directory / GENERATION).exists():
-        write_json(directory / GENERATION, special_tokens or {})
+    if not (directory / GENERATION_FILE).exists():
+        write_json(directory / GENERATION_FILE, special_tokens or {})

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmjax.convert.gguf_files import find_gguf
 from lmjax.convert.gguf_tokenizer import gguf_tokenizer, merges_of
+from lmjax.convert.settings import CONFIG_FILE
 from lmjax.data.tokenizer import Tokenizer, load_tokenizer
 from lmjax.data.tokenizer_huggingface import (
     HUGGINGFACE_FILE,
@@ -19,6 +20,8 @@ from lmjax.data.tokenizer_huggingface import (
 )
 from lmjax.data.tokenizer_sentencepiece import SENTENCEPIECE_FILE, SPACE_MARK, SentencePieceTokenizer
 from lmjax.errors import InputError
+
+GENERATION_FILE = "generation_config.json"
 
 
 def tokenizer_in(path: Path) -> Tokenizer:
@@ -42,6 +45,21 @@ def tokenizer_in(path: Path) -> Tokenizer:
         f"{path}: no tokenizer: looked for {HUGGINGFACE_FILE}, {SENTENCEPIECE_FILE} and a GGUF file. Put the model's "
         f"{HUGGINGFACE_FILE} there; transformers' tokenizer.save_pretrained writes one"
     )
+
+
+def end_ids_in(path: Path) -> frozenset[int]:
+    """The tokens that end a text by generation_config.json, or else by config.json, as transformers' generate has it.
+
+    Raises InputError for what is not a token's number, or a list of these.
+    """
+    files = [file for file in (path / GENERATION_FILE, path / CONFIG_FILE) if file.is_file()]
+    if not files:
+        return frozenset()
+    found = _read_object(files[0]).get("eos_token_id")
+    numbers = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise InputError(f"{files[0]}: eos_token_id is {found!r}; it is the number of a token, or a list of numbers")
+    return frozenset(numbers)
 
 
 def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """Continuing prompts: batches of them on the devices, and their text as it grows."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ class Continuation(NamedTuple):
     text: str
     """Without the prompt, and cut before a stop string."""
     tokens: list[int]
-    """Without the end-of-sequence token; up to the one that completed the stop string."""
+    """Without the one that ended the text; up to the one that completed the stop string."""
     finish_reason: Literal["eos", "stop", "length"]
     """The model ended the text, a stop string did, or it was cut at the number of tokens asked for."""
     logprobs: list[TokenLogprob] | None
@@ -55,12 +55,14 @@ class Generator:
     Compiled programs serve all numbers of tokens up to the same powers of two, and all temperatures and seeds.
     """
 
-    def __init__(self, model: Model, execution: Execution, tokenizer: Tokenizer):
+    def __init__(self, model: Model, execution: Execution, tokenizer: Tokenizer, end_ids: Iterable[int] = ()):
+        """``end_ids`` are tokens that end a text, besides the tokenizer's EOS."""
         self._model = model
         self._tokenizer = tokenizer
         self._vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)
-        eos_id = NOTHING if tokenizer.eos_id is None else tokenizer.eos_id
-        steps = Steps(model, execution, self._vocab_size, eos_id)
+        eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self._end_ids = frozenset((*eos, *end_ids))
+        steps = Steps(model, execution, self._vocab_size, tuple(sorted(self._end_ids)))
         self._execution = execution
         self._start = jax.jit(steps.start, static_argnames=("samples", "max_new", "logprobs", "truncates"))
         self._advance = jax.jit(steps.advance, static_argnames="truncates", donate_argnums=1)
@@ -144,7 +146,7 @@ class Generator:
         numbers = Sampling.of(options, self._vocab_size)
         sampling = jax.tree.map(lambda number: place(number, replicated(mesh)), numbers)
         readers = [
-            _Reader(self._text_stream(prompt, options), self._tokenizer.eos_id, on_text, (first + number, sample))
+            _Reader(self._text_stream(prompt, options), self._end_ids, on_text, (first + number, sample))
             for number, prompt in enumerate(prompts)
             for sample in range(samples)
         ]
@@ -185,8 +187,8 @@ class Generator:
 class _Reader:
     """Follows one row: its tokens, its text, and why it ended."""
 
-    def __init__(self, text: TextStream, eos_id: int | None, on_text: OnText | None, number: tuple[int, int]):
-        self._text, self._eos_id, self._on_text, self._number = text, eos_id, on_text, number
+    def __init__(self, text: TextStream, end_ids: frozenset[int], on_text: OnText | None, number: tuple[int, int]):
+        self._text, self._end_ids, self._on_text, self._number = text, end_ids, on_text, number
         self._tokens: list[int] = []
         self.reason: Literal["eos", "stop"] | None = None
 
@@ -195,7 +197,7 @@ class _Reader:
         for token in row[len(self._tokens) :]:
             if self.reason is not None or token == NOTHING:
                 break
-            if token == self._eos_id:
+            if token in self._end_ids:
                 self.reason = "eos"
                 self._tell(self._text.finish())
                 break

@@ -4,6 +4,7 @@ Legend: B batch, P columns of the prompts, C columns of a part of them, S slots 
 tokens, A alternatives.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +61,8 @@ class Steps(NamedTuple):
     model: Model
     execution: Execution
     vocab_size: int
-    eos_id: int
+    end_ids: tuple[int, ...]
+    """Tokens that end a text."""
 
     def start(
         self,
@@ -146,7 +148,7 @@ class Steps(NamedTuple):
             state.found,
             new,
         )
-        done_B = state.done_B | (token_B == self.eos_id)
+        done_B = functools.reduce(jnp.logical_or, (token_B == end for end in self.end_ids), state.done_B)
         return state._replace(
             count=state.count + 1, column=state.column + 1, token_B=token_B, done_B=done_B, found=found
         )

@@ -124,9 +124,10 @@ def test_fewer_bits_are_stored_and_come_back_as_float32(tmp_path, rng, mesh):
 @pytest.mark.parametrize(
     ("shape", "chunk", "written"),
     [
-        ((32, 4096, 14336), (1, 1024, 14336), 1024 * 14336 * 4),  # a layer that is too large for one chunk
-        ((30, 576, 1536), (1, 576, 1536), 18 * 576 * 1536 * 4),  # a layer a chunk, several in one go
-        ((128256, 4096), (4008, 4096), 4008 * 4096 * 4),  # 32 equal parts
+        ((32, 4096, 14336), (1, 256, 14336), 256 * 14336 * 4),  # a layer that is too large for one chunk
+        ((30, 576, 1536), (1, 576, 1536), 4 * 576 * 1536 * 4),  # a layer a chunk, several in one go
+        ((128256, 4096), (1002, 4096), 1002 * 4096 * 4),  # 128 equal parts
+        ((50257, 4096), (1006, 4096), 1006 * 4096 * 4),  # no equal parts of this number of rows: 29 * 1733
         ((80, 8192), (80, 8192), 80 * 8192 * 4),
         ((), (), 4),
     ],

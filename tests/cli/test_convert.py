@@ -63,6 +63,15 @@ def test_every_form_scores_and_continues_a_text_alike(source, imported, tmp_path
     assert told(capsys, "evaluate", other, "--text", tmp_path / "text", "--json") != scores[0]
 
 
+def test_a_text_ends_at_a_token_that_generation_config_names(source, tmp_path, capsys):
+    whole = told(capsys, "generate", source, *GREEDY)["samples"][0]
+    assert whole["finish_reason"] == "length"
+    ending = shutil.copytree(source, tmp_path / "ending")
+    (ending / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(256))}))
+    found = told(capsys, "generate", ending, *GREEDY)["samples"][0]
+    assert (found["tokens"], found["finish_reason"]) == (0, "eos")
+
+
 def test_a_bfloat16_export_is_rounded_and_check_says_by_how_much(imported, tmp_path, capsys):
     assert lmjax("convert", "export", str(imported), str(tmp_path / "half"), "--dtype", "bfloat16") == 0
     said = refused(capsys, "convert", "check", imported, tmp_path / "half")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from lmjax.convert.tokenizer import huggingface_files, tokenizer_in
+from lmjax.convert.tokenizer import end_ids_in, huggingface_files, tokenizer_in
 from lmjax.data.sample import train_model
 from lmjax.data.tokenizer import ByteTokenizer, SentencePieceTrained
 from lmjax.data.tokenizer_sentencepiece import SentencePieceTokenizer
@@ -83,6 +83,27 @@ def test_bos_is_put_before_a_text_where_the_tokenizer_itself_does(tmp_path, sett
     files["tokenizer.json"] = json.dumps(tree).encode()
     files["tokenizer_config.json"] = json.dumps(roles | settings).encode()
     assert tokenizer_in(written(tmp_path, files)).bos_id == bos_id
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        ({"eos_token_id": [7, 9]}, {"eos_token_id": 5}, {7, 9}),
+        ({"eos_token_id": 7}, {}, {7}),
+        ({}, {"eos_token_id": 5}, set()),
+        (None, {"eos_token_id": 5}, {5}),
+        (None, {"eos_token_id": None}, set()),
+        (None, None, set()),
+    ],
+)
+def test_the_tokens_that_end_a_text_are_those_of_generation_config(tmp_path, generation, config, ends):
+    for name, content in (("generation_config.json", generation), ("config.json", config)):
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+    assert end_ids_in(tmp_path) == ends
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(InputError, match="eos_token_id is '</s>'; it is the number of a token"):
+        end_ids_in(tmp_path)
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):

@@ -12,6 +12,8 @@ from tests.generate.case import CONFIG, Letters, Uncached, log_softmax, paramete
 
 PROMPTS = [[1, 5, 6], [1, 7, 8, 9, 10, 11, 12], [1]]
 NEW = 9
+NEVER = 1 << 20
+"""A token beyond the vocabulary."""
 MODEL = tiny.with_changes(CONFIG, num_layers=2)
 
 
@@ -59,6 +61,19 @@ def test_greedy_takes_the_most_probable_token_of_whole_forward_passes(one_device
     for row, prompt in enumerate(PROMPTS):
         assert found[row].tokens == rows[row, len(prompt) : lengths[row]].tolist()
     assert len({tuple(continuation.tokens) for continuation in found}) == 3
+
+
+def test_a_text_ends_at_any_of_the_tokens_that_end_one(one_device):
+    generate, _, params = one_device
+    whole = [continuation.tokens for continuation in generate(PROMPTS)]
+    ends = [whole[0][3], whole[1][5], NEVER]
+    ending = Generator(tiny.blueprint_of(MODEL, tiny.mesh_of(1, 1, 1)), tiny.FLOAT32, Endless(), ends)
+    found = [samples[0] for samples in ending.generate(params, PROMPTS, options_of())]
+    for continuation, tokens in zip(found, whole, strict=True):
+        first = next((place for place, token in enumerate(tokens) if token in ends), None)
+        assert continuation.tokens == tokens[:first]
+        assert continuation.finish_reason == ("length" if first is None else "eos")
+    assert found[0].finish_reason == found[1].finish_reason == "eos"
 
 
 @pytest.fixture(scope="module")
