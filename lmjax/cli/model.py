@@ -121,7 +121,10 @@ def _open_foreign(model: str, overrides: Sequence[str]) -> OpenModel:
     compute = "bfloat16" if weights.dtype == "bfloat16" else "float32"
     config = load_inference([*WHOLE_MACHINE, f"precision.compute={compute}", *overrides])
     if weights.huggingface is None:
-        raise InputError(f"{model}: neither a run (it has no config.yaml) nor an imported model (no huggingface/)")
+        raise InputError(
+            f"{model}: neither a run (it has no config.yaml) nor an imported model whose huggingface/ is on this "
+            "machine's disk. Give a run, or the directory that `lmjax convert import` wrote, copied to the disk"
+        )
     tokenizer = tokenizer_in(weights.huggingface)
     start_distributed()
     mesh = make_mesh(config.mesh)
