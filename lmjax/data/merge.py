@@ -128,15 +128,17 @@ def _first_of_equals(volumes: Sequence[Volume], split: str) -> np.ndarray:
 def _documents(job: ShardJob, counts: np.ndarray) -> Iterator[np.ndarray]:
     """The documents of a shard; ``counts`` is raised by their targets, some documents at a time."""
     targets: list[np.ndarray] = []
+    num_targets = 0
     for take in job.takes:
         tokens, lengths = read_tokens(take.path, job.split)
         ends = np.cumsum(lengths)
         for number in take.numbers.tolist():
             document = tokens[ends[number] - lengths[number] : ends[number]]
             targets.append(document[1:])
-            if sum(map(len, targets)) >= COUNTED_TOKENS:
+            num_targets += len(document) - 1
+            if num_targets >= COUNTED_TOKENS:
                 counts += np.bincount(np.concatenate(targets), minlength=job.vocab_size)
-                targets = []
+                targets, num_targets = [], 0
             yield document
     if targets:
         counts += np.bincount(np.concatenate(targets), minlength=job.vocab_size)

@@ -19,7 +19,7 @@ from lmjax.data.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
 DIGEST_BYTES = 16
-BATCH_CHARACTERS = 2**18
+BATCH_CHARACTERS = 2**19
 """Text that is tokenized in one call: its tokens are Python integers for a moment, of 36 bytes each."""
 MIN_PART_BYTES, MAX_PART_BYTES = 2**19, 2**23
 PARTS = 256

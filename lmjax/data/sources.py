@@ -60,13 +60,8 @@ def list_files(sources: Sequence[Source]) -> InputFiles:
             )
             for file, content in _find(source, f"data.sources.{number}")
         )
-        files.extend(found[place] for place in sorted(range(len(found)), key=lambda place: _sort_key(found[place])))
+        files.extend_sorted(found)
     return files
-
-
-def _sort_key(file: InputFile) -> str:
-    """Sorts as the pair would, in one object a file."""
-    return f"{file.name}\0{file.path}"
 
 
 def check_columns(files: Sequence[InputFile]) -> None:

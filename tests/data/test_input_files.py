@@ -33,6 +33,13 @@ def test_files_come_out_as_they_went_in():
         files[len(FILES)]
 
 
+def test_they_are_sorted_by_name_and_then_by_path():
+    named_alike = [FILES[0]._replace(path=path, name=name) for path, name in (("/b/x", "x"), ("/a/x", "x"), ("/z", "w"))]
+    files = InputFiles(FILES[2:3])
+    files.extend_sorted(InputFiles([*named_alike, FILES[1]]))
+    assert list(files) == [FILES[2], FILES[1], named_alike[2], named_alike[1], named_alike[0]]
+
+
 def test_a_stamp_of_64_bits_without_a_sign_stays_a_number_of_its_own():
     stamps = [0, 1, 2**63 - 1, 2**63, 2**64 - 1]
     assert len({file.mtime_ns for file in InputFiles(FILES[0]._replace(mtime_ns=stamp) for stamp in stamps)}) == 5
