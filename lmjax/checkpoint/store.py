@@ -39,6 +39,9 @@ from lmjax.errors import InputError
 TIMEOUT_MS = 30 * 60 * 1000  # the slowest process may upload for minutes after the fastest
 PROCESS = re.compile(r"process_(\d+)")
 MERGED = ("manifest.ocdbt", "d")
+DIRECTORIES_FIRST = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+"""In the background, Orbax makes the parts' directories when a key in the store of ``jax.distributed`` says that the
+step's is there. Its name is the same for all processes: on another's word, a part's came first, and the save failed."""
 
 
 def staging_directory(directory: epath.Path) -> epath.Path:
@@ -251,6 +254,7 @@ def writer(parts: Iterable[str]) -> ocp.AsyncCheckpointer:
 
     handlers: dict[str, typing.Any] = {part: handler() for part in parts}
     composite = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=options), **handlers
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options, async_options=DIRECTORIES_FIRST),
+        **handlers,
     )
-    return ocp.AsyncCheckpointer(composite, multiprocessing_options=options)
+    return ocp.AsyncCheckpointer(composite, multiprocessing_options=options, async_options=DIRECTORIES_FIRST)
