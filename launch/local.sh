@@ -43,11 +43,20 @@ done
 for signal in TERM INT HUP USR1; do trap "forward $signal" "$signal"; done
 exec {messages}>&2 2>/dev/null # bash itself would report every process that a signal ended
 
-failed=0 preempted=0 reaper=
+failed=0 preempted=0 reaper= tick=
 while ((${#running[@]})); do
-  wait -n -p ended "${!running[@]}"
-  status=$?
-  [[ -z ${ended-} ]] && continue # a signal came and was passed on
+  # `wait -n` never returns for a process that bash has heard of too early: so all are looked at, once a second.
+  ended=
+  for pid in "${!running[@]}"; do kill -0 "$pid" || ended=$pid; done
+  if [[ -n $ended ]]; then
+    wait "$ended"
+    status=$?
+  else
+    kill -0 "${tick:-none}" || { sleep 1 & tick=$!; }
+    wait -n -p ended "${!running[@]}" "$tick"
+    status=$?
+    [[ -z ${ended-} || $ended == "$tick" ]] && continue # a signal came and was passed on, or a second went by
+  fi
   number=${running[$ended]}
   unset "running[$ended]"
   if ((status == 75)); then
@@ -62,7 +71,7 @@ while ((${#running[@]})); do
     fi
   fi
 done
-for leader in "${groups[@]}" $reaper; do kill -KILL -- "-$leader"; done # what the processes left behind
+for leader in "${groups[@]}" $reaper $tick; do kill -KILL -- "-$leader"; done # what the processes left behind
 wait "${printers[@]}"
 ((failed)) && exit "$failed"
 exit "$preempted"

@@ -39,6 +39,18 @@ def test_one_that_is_killed_ends_the_others():
     assert done.returncode == 128 + signal.SIGKILL
 
 
+def test_one_that_is_killed_before_the_script_waits_is_not_missed(tmp_path):
+    late = tmp_path / "local.sh"
+    # Here bash hears of the death, and tells it, before the loop begins: `wait -n` knows of it no more.
+    late.write_text(LAUNCH.read_text().replace("\nfailed=0", "\nsleep 0.5; jobs >&2; failed=0"))
+    assert "jobs >&2" in late.read_text()
+    script = "if ((JAX_PROCESS_ID)); then kill -KILL $$; fi; sleep 3; exit 4"
+    command = ["bash", late, "2", "bash", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "process 1 ended with exit code 137" in done.stderr
+
+
 def test_a_stop_with_a_saved_state_ends_nobody():
     done = launch("2", 'if ((JAX_PROCESS_ID)); then exit 75; fi; read -t 0.2 < <(sleep 1); echo "went on"')
     assert done.returncode == 75
