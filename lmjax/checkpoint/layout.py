@@ -12,7 +12,7 @@ CHUNK_BYTES = 1 << 24
 """The largest chunk of an array in a checkpoint, before compression: what is needed to read any part of it.
 
 glibc keeps blocks of less than 32 MiB for the next one of their size; larger ones come from the kernel, and are cleared
-page by page, each time, which made reading twice as slow.
+page by page, each time.
 """
 MIN_ROW_BYTES = 1 << 20
 """Arrays are cut between the slices of their first dimension where these have as many bytes."""

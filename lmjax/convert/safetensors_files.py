@@ -46,7 +46,7 @@ WRITTEN = {"float32": "F32", "bfloat16": "BF16"}
 PIECE_BYTES = 1 << 24
 """What is cast in one go, and"""
 WRITE_BYTES = 1 << 18
-"""what is written: for larger writes Linux looks for larger runs of free pages, which takes up to ten times as long."""
+"""what is written: for larger writes Linux looks for larger runs of free pages, which takes longer."""
 
 
 def read_header(path: Path) -> dict[str, Stored]:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from lmjax.data.config import DataConfig
-from lmjax.data.sample import sampled_texts
 from lmjax.data.input_files import InputFiles
+from lmjax.data.sample import sampled_texts
 from lmjax.data.sources import list_files
 from lmjax.data.tokenizer import Tokenizer
 from lmjax.errors import InputError

@@ -45,7 +45,7 @@ class Workers:
         waiting = enumerate(jobs)
         begin = list(itertools.islice(waiting, 2))
         waiting = itertools.chain(begin, waiting)
-        if self._num_workers == 1 or len(begin) == 1:
+        if self._num_workers == 1 or len(begin) < 2:
             yield from ((number, function(job)) for number, job in waiting)
             return
         if not self._depths:
