@@ -11,7 +11,7 @@ import numpy as np
 
 from lmjax.data.files import write_bytes
 from lmjax.data.index import ShardEntry
-from lmjax.data.parts import SPLITS, Volume, read_split, read_tokens
+from lmjax.data.parts import SPLITS, Volume, read_splits, read_tokens
 from lmjax.data.shards import shard_file, write_shard
 
 COUNTED_TOKENS = 2**17
@@ -62,6 +62,8 @@ class Selection(NamedTuple):
     """What becomes of the parts' documents."""
 
     jobs: list[ShardJob]
+    lengths: list[np.ndarray]
+    """int64 [documents] of each job: tokens of the documents that its shard will hold, in their order."""
     duplicates: int
     """Documents that are left out."""
 
@@ -69,17 +71,17 @@ class Selection(NamedTuple):
 def select(volumes: Sequence[Volume], *, directory: Path, shard_bytes: int, dtype: str, vocab_size: int) -> Selection:
     """Share out all documents but duplicates, in the order of the volumes, over shards of about ``shard_bytes``.
 
-    Sources with names have shards of their own. Memory: the digest and the number of every document.
+    Sources with names have shards of their own. Memory: the digest, the length and the number of every document.
     """
     shard_tokens = max(shard_bytes // np.dtype(dtype).itemsize, 1)
-    jobs = []
+    jobs, lengths_of_jobs = [], []
     duplicates = 0
+    digests, lengths_of_volumes = _read(volumes)
     for split in SPLITS:
-        shards: dict[str | None, dict[int, list[Take]]] = {}
+        shards: dict[str | None, dict[int, list[tuple[Take, np.ndarray]]]] = {}
         tokens_before: dict[str | None, int] = collections.defaultdict(int)
-        is_first = _first_of_equals(volumes, split)
-        for volume in volumes:
-            lengths = read_split(volume.path, split).lengths
+        is_first = _first_of_equals(digests[split])
+        for volume, lengths in zip(volumes, lengths_of_volumes[split], strict=True):
             here, is_first = np.split(is_first, [len(lengths)])
             kept = np.flatnonzero(here)
             duplicates += len(lengths) - len(kept)
@@ -88,12 +90,15 @@ def select(volumes: Sequence[Volume], *, directory: Path, shard_bytes: int, dtyp
             of_source = shards.setdefault(volume.source, {})
             for shard in np.unique(starts // shard_tokens).tolist():
                 numbers = kept[starts // shard_tokens == shard]
-                of_source.setdefault(shard, []).append(Take(volume.path, volume.key, numbers))
+                taken = Take(volume.path, volume.key, numbers), lengths[numbers]
+                of_source.setdefault(shard, []).append(taken)
         for source, of_source in shards.items():
-            for number, takes in enumerate(of_source.values()):
+            for number, taken_here in enumerate(of_source.values()):
+                takes, lengths_taken = zip(*taken_here, strict=True)
                 file = shard_file(split if source is None else f"{split}.{source}", number, len(of_source))
-                jobs.append(ShardJob(str(directory), file, split, source, tuple(takes), dtype, vocab_size))
-    return Selection(jobs, duplicates)
+                jobs.append(ShardJob(str(directory), file, split, source, takes, dtype, vocab_size))
+                lengths_of_jobs.append(np.concatenate(lengths_taken))
+    return Selection(jobs, lengths_of_jobs, duplicates)
 
 
 def make_shard(job: ShardJob) -> MadeShard:
@@ -111,9 +116,19 @@ def make_shard(job: ShardJob) -> MadeShard:
     return MadeShard(ShardEntry(**entry), counts)
 
 
-def _first_of_equals(volumes: Sequence[Volume], split: str) -> np.ndarray:
-    """bool [documents of all volumes]: those that no earlier one equals."""
-    digests = np.concatenate([read_split(volume.path, split).digests for volume in volumes])
+def _read(volumes: Sequence[Volume]) -> tuple[dict[str, np.ndarray], dict[str, list[np.ndarray]]]:
+    """By split: the digests of all documents, and the lengths of each volume's."""
+    digests: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    lengths: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for volume in volumes:
+        for split, found in read_splits(volume.path).items():
+            digests[split].append(found.digests)
+            lengths[split].append(found.lengths)
+    return {split: np.concatenate(digests.pop(split)) for split in SPLITS}, lengths
+
+
+def _first_of_equals(digests: np.ndarray) -> np.ndarray:
+    """bool [documents]: those that no earlier one equals. ``digests``: uint8 [documents, 16]."""
     halves = digests.view(np.uint64)
     order = np.lexsort(halves.T)  # stable: of equals, the first comes first
     same = np.ones(max(len(order) - 1, 0), bool)

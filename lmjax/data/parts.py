@@ -231,10 +231,10 @@ def read_sums(path: str) -> PartSums:
     return PartSums(**notes, skipped=skipped)
 
 
-def read_split(path: str, split: str) -> SplitOfPart:
-    """Digests and lengths of a split's documents; the tokens are left where they are."""
+def read_splits(path: str) -> dict[str, SplitOfPart]:
+    """Digests and lengths of the documents, by split; the tokens are left where they are."""
     with np.load(path) as part:
-        return SplitOfPart(part[f"{split}_digests"], part[f"{split}_lengths"])
+        return {split: SplitOfPart(part[f"{split}_digests"], part[f"{split}_lengths"]) for split in SPLITS}
 
 
 def read_tokens(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:

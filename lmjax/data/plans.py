@@ -95,7 +95,12 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def ensure_plans(data: DataConfig, index: Index, announce: Callable[[str], None] = _say) -> Plans:
+def ensure_plans(
+    data: DataConfig,
+    index: Index,
+    announce: Callable[[str], None] = _say,
+    lengths: Mapping[str, np.ndarray] | None = None,
+) -> Plans:
     """The plans that a config needs, each as ``ensure_plan`` gives it."""
 
     def plan(split: str, source: str | None = None) -> Plan:
@@ -107,6 +112,7 @@ def ensure_plans(data: DataConfig, index: Index, announce: Callable[[str], None]
             packing=data.packing,
             source=source,
             announce=announce,
+            lengths=lengths,
         )
 
     sources = (None,) if data.mixture is None else data.mixture.sources
@@ -125,17 +131,24 @@ def ensure_plan(
     packing: str,
     source: str | None = None,
     announce: Callable[[str], None] = _say,
+    lengths: Mapping[str, np.ndarray] | None = None,
 ) -> Plan:
     """The stored plan, verified; a missing one is built first, stored atomically and announced.
 
-    Building is deterministic, so processes that share the directory may all call this; it saves work to let one go
+    ``lengths``: tokens of each document of every shard, int64 [documents], by the shard's file; who wrote them just
+    now has them, and without them the split is read. Building is deterministic, so processes that share the directory may all call this; it saves work to let one go
     first. A plan that does not match its checksums, or that is of another dataset, is an ``InputError``.
     """
     files = _files(directory, split, source, sequence_length, packing)
     if not all(file.exists() for file in files):
         announce(f"building the pack plan {files[0]} (split {split}, {packing}, rows of {sequence_length} tokens)")
-        lengths = read_documents(directory, index.of_source(source), split).lengths
-        plan = build_plan(index, lengths, split=split, sequence_length=sequence_length, packing=packing, source=source)
+        dataset = index.of_source(source)
+        if lengths is None:
+            to_pack = read_documents(directory, dataset, split).lengths
+        else:
+            found = [lengths[shard.file] for shard in dataset.shards if shard.split == split]
+            to_pack = np.concatenate([np.empty(0, np.int64), *found])  # a source may have no document in a split
+        plan = build_plan(index, to_pack, split=split, sequence_length=sequence_length, packing=packing, source=source)
         _write(plan, *files)
     return _read(fingerprint(index), split, source, sequence_length, packing, *files)
 

@@ -81,6 +81,7 @@ def prepare(
     directory = Path(data.path)
     report = progress or (lambda _: None)
     options = options_of(data, tokenizer)
+    lengths = None
     if (directory / INDEX_FILE).is_file():
         index = _find_prepared(directory, options, data, announce)
     else:
@@ -92,10 +93,10 @@ def prepare(
                 index = read_index(work)
                 _compare(directory, index.options, options)
             else:
-                index = _make(files, data, tokenizer, options, work, workers, report, announce)
+                index, lengths = _make(files, data, tokenizer, options, work, workers, report, announce)
             _publish(index, work, directory)
     shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
-    ensure_plans(data, index, announce)
+    ensure_plans(data, index, announce, lengths)
     return index
 
 
@@ -183,8 +184,8 @@ def _make(
     workers: Workers,
     report: Callable[[Progress], None],
     announce: Callable[[str], None],
-) -> Index:
-    """Everything but the move to its place."""
+) -> tuple[Index, dict[str, np.ndarray]]:
+    """Everything but the move to its place; and the lengths of each shard's documents, by its file."""
     check_columns(files)
     tokenizer = _make_tokenizer(files, data, config, work, report)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -245,7 +246,7 @@ def _make(
             f"no document fell in the validation split: with {documents} documents, raise data.validation_fraction "
             f"from {data.validation_fraction} to evaluate while training"
         )
-    return index
+    return index, {job.file: lengths for job, lengths in zip(selection.jobs, selection.lengths, strict=True)}
 
 
 def _make_tokenizer(

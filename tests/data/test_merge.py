@@ -38,9 +38,10 @@ def merged(parts, directory, shard_bytes=1 << 20):
     selection = select(parts, directory=directory, shard_bytes=shard_bytes, dtype="uint16", vocab_size=128)
     shards = [make_shard(job) for job in selection.jobs]
     words = []
-    for shard in shards:
+    for shard, lengths in zip(shards, selection.lengths, strict=True):
         found = Documents(directory, [shard.entry], "uint16")
         assert sum(found.lengths) == shard.entry.tokens
+        assert lengths.tolist() == found.lengths.tolist()
         words.append([f"{chr(found[number][0])}{found.lengths[number]}" for number in range(len(found))])
     return words, selection.duplicates, sum(shard.token_counts for shard in shards)
 

@@ -13,7 +13,7 @@ from lmjax.data.parts import (
     digest_of,
     encode_documents,
     make_part,
-    read_split,
+    read_splits,
     read_sums,
     read_tokens,
     split_of,
@@ -74,7 +74,7 @@ def test_parts_hold_all_documents_in_order_however_they_are_cut(
     assert sums == [read_sums(job.path) for job in jobs]
     for job in jobs:
         for split, texts in found.items():
-            digests, lengths = read_split(job.path, split)
+            digests, lengths = read_splits(job.path)[split]
             starts = np.cumsum(lengths) - lengths
             tokens, lengths_again = read_tokens(job.path, split)
             assert lengths_again.tolist() == lengths.tolist()

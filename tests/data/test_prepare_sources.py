@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmjax.data import parts
+from lmjax.data import parts, plans
 from lmjax.data import prepare as preparation
 from lmjax.data.batches import Batches
 from lmjax.data.config import CsvSource, DataConfig, FilesSource, JsonlSource, ParquetSource, WeightsFromStep
@@ -181,6 +181,26 @@ def test_killed_at_any_volume_it_goes_on_and_ends_with_the_same_bytes(config, tm
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("num_sources", [1, 4])
+def test_plans_are_made_without_reading_the_shards_again_and_are_those_of_a_reading(config, monkeypatch, num_sources):
+    """Of one source without a name, and of a mixture."""
+    alone = (dataclasses.replace(config.sources[0], name=None),)
+    changes = {"sources": weighted(config, 1, 2, 3, 4) if num_sources > 1 else alone, "shard_bytes": 900}
+    read = plans.read_documents
+    monkeypatch.setattr(plans, "read_documents", None)
+    index, _ = run(config, **changes)
+    made = sorted(Path(config.path).glob("plan-*"))
+    assert len(made) == 3 * (num_sources + 1), "of each source, and of the validation split"
+    assert len(index.shards) > num_sources + 1, "some splits are in several shards"
+    written = {file: file.read_bytes() for file in made}
+    monkeypatch.setattr(plans, "read_documents", read)
+    for file in made:
+        file.unlink()
+    assert "already prepared" in run(config, **changes)[1]
+    assert {file: file.read_bytes() for file in sorted(Path(config.path).glob("plan-*"))} == written
+
+
+@pytest.mark.fast
 def test_weights_change_without_preparing_again(config, monkeypatch):
     run(config)
     monkeypatch.setattr(preparation, "_make", None)
@@ -196,15 +216,15 @@ def test_weights_change_without_preparing_again(config, monkeypatch):
         f"plan-train.{source.name}" for source in config.sources
     }
     data = dataclasses.replace(config, sources=mixed, weights_by_step=schedule)
-    plans = ensure_plans(data, index)
-    source = Batches(config.path, index, plans.train, global_batch_size=6, seed=0, mixture=data.mixture, steps=4)
+    found = ensure_plans(data, index)
+    source = Batches(config.path, index, found.train, global_batch_size=6, seed=0, mixture=data.mixture, steps=4)
     assert [source.mixture(step) for step in (0, 1, 2)] == [
         {"lines": 4, "table": 1, "Parquet_1": 0, "single-files": 1},
         {"lines": 3, "table": 2, "Parquet_1": 0, "single-files": 1},
         {"lines": 0, "table": 2, "Parquet_1": 2, "single-files": 2},
     ]
     with pytest.raises(InputError, match=r"(?s)lines: .*it ends in step|table: .*it ends in step"):
-        Batches(config.path, index, plans.train, global_batch_size=6, seed=0, mixture=data.mixture, steps=10**6)
+        Batches(config.path, index, found.train, global_batch_size=6, seed=0, mixture=data.mixture, steps=10**6)
 
 
 @pytest.mark.fast
