@@ -44,6 +44,16 @@ quickstart: env ## train a small model on Python's own library, from text to sam
 	$(bin)/lmjax generate runs/quickstart --prompt 'def' --prompt 'import' --prompt 'class' --prompt '    for'
 	@echo 'The curves: runs/quickstart/report.html'
 
+.PHONY: switch
+switch: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
+switch: env ## train a small Switch decoder and its dense twin with three seeds, into one picture
+	$(bin)/lmjax data prepare configs/quickstart.yaml
+	for seed in 0 1 2; do \
+	  $(bin)/lmjax train configs/quickstart.yaml run_dir=runs/switch/dense-$$seed train.seed=$$seed; \
+	  $(bin)/lmjax train configs/switch_small.yaml run_dir=runs/switch/experts-$$seed train.seed=$$seed; \
+	done
+	$(bin)/lmjax report runs/switch/dense-* runs/switch/experts-* --output runs/switch/report.html
+
 ##@ Test
 .PHONY: test-fast
 test-fast: env ## the tests that take under a second each (2 minutes)

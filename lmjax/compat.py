@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 from jax._src import distributed
 
@@ -18,3 +19,8 @@ def device_memory_peak(device: Any) -> int | None:
     """Bytes in use at the peak on ``device``, where its runtime tells."""
     stats = device.memory_stats()
     return None if stats is None else stats.get("peak_bytes_in_use")
+
+
+def varying_axes(array: jax.Array) -> frozenset[str]:
+    """The mesh axes of a shard_map over which ``array`` may differ between devices; none outside of one."""
+    return jax.typeof(array).manual_axis_type.varying  # pyright: ignore[reportAttributeAccessIssue]

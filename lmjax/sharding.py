@@ -20,6 +20,9 @@ PARAMETER_RULES: Mapping[str, Rule] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": None,
+    "expert_mlp": "tensor",
+    "router_experts": None,
     "norm": None,
 }
 """Where the dimensions of a parameter go. ``norm`` is the one dimension of a scale: small, and the same everywhere."""

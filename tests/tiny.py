@@ -120,7 +120,7 @@ class Trainer:
         with jax.set_mesh(blueprint.mesh):
             for batch in batches:
                 state, told = self.step(state, to_mesh(batch, blueprint.mesh, self.accumulation))
-                metrics.append(StepMetrics(*(float(value) for value in told)))
+                metrics.append(jax.tree.map(lambda value: np.asarray(value) if value.ndim else float(value), told))
         return state, metrics
 
 

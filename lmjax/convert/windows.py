@@ -5,9 +5,9 @@ from typing import Any
 
 from lmjax.convert.settings import Settings
 from lmjax.errors import InputError
-from lmjax.models.config import BlockKind, DecoderConfig
+from lmjax.models.config import AttentionKind, DecoderConfig
 
-KINDS: dict[str, BlockKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+KINDS: dict[str, AttentionKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 """The entries of ``layer_types``."""
 
 
@@ -38,5 +38,5 @@ def read_windows(settings: Settings, kinds: Sequence[str], window: int | None) -
 
 def write_layer_types(config: DecoderConfig) -> list[str]:
     """``layer_types``: that of every layer."""
-    blocks = [kind for segment in config.segments for _ in range(segment.repeats) for kind in segment.pattern]
+    blocks = [kind.attention for kind in config.blocks]
     return [f"{kind}_attention" for kind in blocks]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lmjax.mesh import BATCH_AXES
+from lmjax.models.config import AttentionKind
 from lmjax.models.decoder import DecoderConfig, GroupCache
 from lmjax.nn.cache import LayerCache, slots_of_window
 from lmjax.sharding import activation_spec
@@ -21,15 +22,18 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype,
     in ``dtype``, sharded by batch over (data, fsdp) and by kv_heads over ``tensor`` where that divides them.
     """
 
-    def zeros(repeats: int, kind: str):
-        window = config.window(kind)  # pyright: ignore[reportArgumentType]
+    def zeros(repeats: int, kind: AttentionKind):
+        window = config.window(kind)
         kept = slots if window is None else min(slots, slots_of_window(window, part))
         shape = (repeats, batch, config.kv_heads, kept, config.head_width)
         spec = activation_spec(("layers", "batch", "kv_heads", "seq", "head_dim"), shape)
         return jnp.zeros(shape, dtype, out_sharding=spec)
 
     return [
-        tuple(LayerCache(zeros(segment.repeats, kind), zeros(segment.repeats, kind)) for kind in segment.pattern)
+        tuple(
+            LayerCache(zeros(segment.repeats, kind.attention), zeros(segment.repeats, kind.attention))
+            for kind in segment.pattern
+        )
         for segment in config.segments
     ]
 

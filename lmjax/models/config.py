@@ -1,10 +1,13 @@
 """What a decoder is: one switch for each way in which families differ. No family has a name here."""
 
 import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from lmjax.nn.attention import AttentionOptions
 from lmjax.nn.mlp import Activation
+from lmjax.nn.moe import MLPKind, MoEConfig
 from lmjax.nn.norm import NormKind
 from lmjax.nn.param import InitScheme
 from lmjax.nn.position import Rope, alibi_slopes
@@ -13,7 +16,14 @@ from lmjax.ops.attention import wanted_features
 from lmjax.ops.attention_mask import Mask
 from lmjax.schema import config_class
 
-BlockKind = Literal["full", "sliding"]
+AttentionKind = Literal["full", "sliding"]
+
+
+class BlockKind(NamedTuple):
+    """What the two halves of a block are."""
+
+    attention: AttentionKind
+    mlp: MLPKind = "dense"
 
 
 class Segment(NamedTuple):
@@ -43,7 +53,9 @@ class DecoderConfig:
     """Width of a head; embed_dim / num_heads by default."""
     mlp_dim: int
     """Width of the MLP's hidden layer."""
-    layer_pattern: tuple[BlockKind, ...] = ("full",)
+    moe: MoEConfig | None = None
+    """Experts instead of the MLP, in all blocks or some; null has none."""
+    layer_pattern: tuple[AttentionKind, ...] = ("full",)
     """Attention of successive blocks, repeated over the depth: full, or sliding with sliding_window."""
     sliding_window: int | None = None
     """Positions that a sliding block sees, its own included."""
@@ -131,6 +143,8 @@ class DecoderConfig:
             )
         if not self.layer_pattern:
             raise ValueError("layer_pattern is empty; name at least one kind of block")
+        if self.moe is not None:
+            self._check_moe(self.moe)
         if self.norm_bias and self.norm == "rms":
             raise ValueError("norm_bias is true and norm is rms, which has no bias; leave it out, or set norm=layer")
         if self.residual != "sequential" and self.norm_placement != "pre":
@@ -147,6 +161,21 @@ class DecoderConfig:
                 raise ValueError(f"{field.name} is {value}; it has to be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it has to be at least 0 and below 1")
+
+    def _check_moe(self, moe: MoEConfig) -> None:
+        if self.mlp_bias:
+            raise ValueError("mlp_bias is true and there are experts, whose projections have no biases; leave it out")
+        kinds = {kind.mlp for kind in self.blocks}
+        if "moe" not in kinds:
+            raise ValueError(
+                f"moe.dense_first {moe.dense_first} and moe.pattern {list(moe.pattern)} leave no moe block among the "
+                f"num_layers {self.num_layers}"
+            )
+        if "dense" not in kinds and moe.expert_dim is not None:
+            raise ValueError(
+                "moe.expert_dim is given and no block is dense, so that mlp_dim has no effect; give the experts' width "
+                "as mlp_dim and leave moe.expert_dim out"
+            )
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.embed_dim % self.num_heads:
@@ -210,16 +239,36 @@ class DecoderConfig:
         return tuple(float(slope) for slope in self.alibi_scale * alibi_slopes(self.num_heads, self.alibi_max))
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The whole repeats of the pattern, and what is left of it."""
-        repeats, rest = divmod(self.num_layers, len(self.layer_pattern))
-        whole = (Segment(self.layer_pattern, repeats),) if repeats else ()
-        return whole + ((Segment(self.layer_pattern[:rest], 1),) if rest else ())
+    def blocks(self) -> tuple[BlockKind, ...]:
+        """The kind of every block, from the first to the last."""
+        attention, moe = self.layer_pattern, self.moe
 
-    def window(self, kind: BlockKind) -> int | None:
+        def mlp(number: int) -> MLPKind:
+            if moe is None or number < moe.dense_first:
+                return "dense"
+            return moe.pattern[(number - moe.dense_first) % len(moe.pattern)]
+
+        return tuple(BlockKind(attention[i % len(attention)], mlp(i)) for i in range(self.num_layers))
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The blocks as repeats of a pattern, and what is left of it; dense first ones are apart."""
+        period = len(self.layer_pattern)
+        if self.moe is None:
+            return tuple(_segments(self.blocks, period))
+        first, rest = self.blocks[: self.moe.dense_first], self.blocks[self.moe.dense_first :]
+        return (*_segments(first, period), *_segments(rest, math.lcm(period, len(self.moe.pattern))))
+
+    @property
+    def expert_dim(self) -> int:
+        """Width of an expert's hidden layer."""
+        assert self.moe is not None
+        return self.mlp_dim if self.moe.expert_dim is None else self.moe.expert_dim
+
+    def window(self, kind: AttentionKind) -> int | None:
         return self.sliding_window if kind == "sliding" else None
 
-    def rope(self, kind: BlockKind) -> Rope | None:
+    def rope(self, kind: AttentionKind) -> Rope | None:
         """The rotation of queries and keys in blocks of this kind."""
         if self.position != "rope":
             return None
@@ -231,7 +280,7 @@ class DecoderConfig:
             scaling=None if own else self.rope_scaling,
         )
 
-    def attention(self, kind: BlockKind) -> AttentionOptions:
+    def attention(self, kind: AttentionKind) -> AttentionOptions:
         """The attention of blocks of this kind."""
         return AttentionOptions(
             embed_dim=self.embed_dim,
@@ -253,7 +302,7 @@ class DecoderConfig:
             out_bias=self.attention_out_bias,
         )
 
-    def attention_features(self, kind: BlockKind) -> frozenset[str]:
+    def attention_features(self, kind: AttentionKind) -> frozenset[str]:
         """What a kernel has to have for blocks of this kind, on packed rows; see ``lmjax.ops.attention``."""
         return wanted_features(
             Mask(causal=True, window=self.window(kind)),
@@ -262,3 +311,11 @@ class DecoderConfig:
             alibi=self.position == "alibi",
             sinks=self.attention_sinks,
         )
+
+
+def _segments(blocks: Sequence[BlockKind], period: int) -> Iterator[Segment]:
+    repeats, rest = divmod(len(blocks), period)
+    if repeats:
+        yield Segment(tuple(blocks[:period]), repeats)
+    if rest:
+        yield Segment(tuple(blocks[-rest:]), 1)

@@ -1,35 +1,43 @@
 """Parameters and floating-point operations of a decoder, in closed form."""
 
-from lmjax.models.decoder import DecoderConfig
+from lmjax.models.config import BlockKind, DecoderConfig
 
 
-def parameter_count(config: DecoderConfig) -> int:
-    """Parameters as published: tables without padding rows, a tied table once."""
+def parameter_count(config: DecoderConfig, *, active: bool = False) -> int:
+    """Parameters as published: tables without padding rows, a tied table once.
+
+    ``active``: those that a token goes through, of the experts as many as it chooses.
+    """
     D, norm = config.embed_dim, config.embed_dim * (2 if config.norm_bias else 1)
     tables = (1 if config.tie_embeddings else 2) * config.vocab_size * D
     tables += config.max_length * D if config.position == "learned" else 0
     tables += config.vocab_size if config.head_bias else 0
     norms_outside = 2 if config.embed_norm else 1
-    block = _block_matrices(config) + _block_biases(config) + _norms_of_block(config) * norm + _head_scales(config)
-    return tables + norms_outside * norm + config.num_layers * block
+    block = _attention_matrices(config) + _biases(config) + _norms_of_block(config) * norm + _head_scales(config)
+    feed_forward = sum(_feed_forward(config, kind, active=active) for kind in config.blocks)
+    if config.moe is not None and config.moe.choice_bias_rate is not None:
+        feed_forward += config.moe.num_experts * sum(kind.mlp == "moe" for kind in config.blocks)
+    return tables + norms_outside * norm + config.num_layers * block + feed_forward
 
 
 def training_flops(config: DecoderConfig, batch_size: int, length: int) -> int:
     """Floating-point operations of one training step on ``batch_size`` rows of ``length`` tokens.
 
     Forward and twice as much backward. Counted are the matrix products (2 per multiply-add) of projections, MLPs, the
-    logits and attention; of attention only the keys that a position may see (causal: half; sliding: the window). Not
-    counted: recomputation, the embedding lookup, norms, softmax, the optimizer. Segments are not taken into account.
+    router, as many experts as a token goes through, the logits and attention; of attention only the keys that a
+    position may see (causal: half; sliding: the window). Not counted: recomputation, the embedding lookup, norms,
+    softmax, the optimizer. Segments are not taken into account.
 
     MFU (PaLM, arXiv 2204.02311 appendix B) is this, divided by the seconds of the step and the dense bfloat16 peak of
     all devices, whatever dtype is computed in.
     """
-    matrices = config.num_layers * _block_matrices(config) + config.vocab_size * config.embed_dim
+    matrices = config.num_layers * _attention_matrices(config) + config.vocab_size * config.embed_dim
+    matrices += sum(_feed_forward(config, kind, active=True) for kind in config.blocks)
     per_key = 2 * 2 * config.num_heads * config.head_width  # scores and weighted values
     keys = 0
     for segment in config.segments:
         for kind in segment.pattern:
-            keys += segment.repeats * _visible_keys(length, config.window(kind))
+            keys += segment.repeats * _visible_keys(length, config.window(kind.attention))
     return 3 * batch_size * (2 * matrices * length + per_key * keys)
 
 
@@ -39,12 +47,23 @@ def _visible_keys(length: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def _block_matrices(config: DecoderConfig) -> int:
-    attention = config.embed_dim * config.head_width * (2 * config.num_heads + 2 * config.kv_heads)
-    return attention + (3 if config.mlp_gated else 2) * config.embed_dim * config.mlp_dim
+def _attention_matrices(config: DecoderConfig) -> int:
+    return config.embed_dim * config.head_width * (2 * config.num_heads + 2 * config.kv_heads)
 
 
-def _block_biases(config: DecoderConfig) -> int:
+def _feed_forward(config: DecoderConfig, kind: BlockKind, *, active: bool) -> int:
+    """Parameters of a block's feed-forward half but biases and norms: for a token, multiply-adds too."""
+    per_width = (3 if config.mlp_gated else 2) * config.embed_dim
+    if kind.mlp == "dense":
+        return per_width * config.mlp_dim
+    moe = config.moe
+    assert moe is not None
+    experts = moe.experts_per_token if active else moe.num_experts
+    shared = per_width * (moe.shared_dim or 0) + (config.embed_dim if moe.shared_gate else 0)
+    return experts * per_width * config.expert_dim + shared + config.embed_dim * moe.num_experts
+
+
+def _biases(config: DecoderConfig) -> int:
     biases = config.head_width * (config.num_heads + 2 * config.kv_heads) if config.qkv_bias else 0
     biases += config.embed_dim if config.attention_out_bias else 0
     hidden = config.mlp_dim * (2 if config.mlp_gated else 1)

@@ -11,19 +11,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lmjax.models.config import BlockKind, DecoderConfig
+from lmjax.models.config import AttentionKind, BlockKind, DecoderConfig
 from lmjax.models.remat import RematConfig, checkpointed
 from lmjax.nn.attention import Attention, Rows
 from lmjax.nn.cache import CacheWrite, LayerCache
-from lmjax.nn.dropout import Dropout
 from lmjax.nn.embed import Table, table_rows
 from lmjax.nn.execution import LayerExecution
 from lmjax.nn.mlp import MLP
+from lmjax.nn.moe import MoE
+from lmjax.nn.noise import Noise
 from lmjax.nn.norm import Norm
 from lmjax.nn.param import constant, residual_std
 from lmjax.nn.position import Rotation, document_lengths, sinusoids
 from lmjax.nn.tags import tag
 from lmjax.ops.logits import logits
+from lmjax.ops.routing import RouterSums
 from lmjax.sharding import activation_spec
 
 
@@ -41,11 +43,18 @@ class Forward(NamedTuple):
     """What all blocks of one forward pass share."""
 
     rows: Rows
-    rotations: dict[BlockKind, Rotation | None]
+    rotations: dict[AttentionKind, Rotation | None]
     """Made once: the same in every block of a kind."""
     execution: Execution
-    dropout: Dropout | None
+    noise: Noise | None
+    """None outside of training."""
     write: CacheWrite | None
+
+    @property
+    def valid_BT(self) -> Bool[Array, "batch seq"]:
+        """Tokens that are not padding."""
+        segments_BT = self.rows.segment_ids_BT
+        return self.rows.positions_BT >= 0 if segments_BT is None else segments_BT > 0
 
 
 class Block(nnx.Module):
@@ -60,41 +69,42 @@ class Block(nnx.Module):
         self.shares_norm = config.residual == "parallel_shared_norm"
         self.multiplier = config.residual_multiplier
         self.attention_norm = make_norm(config) if before else None
-        self.attention = Attention(config.attention(kind), output_std=output_std, key=attention_key)
+        self.attention = Attention(config.attention(kind.attention), output_std=output_std, key=attention_key)
         self.attention_post_norm = make_norm(config) if after else None
         self.mlp_norm = make_norm(config) if before and not self.shares_norm else None
-        self.mlp = MLP(
-            config.embed_dim,
-            config.mlp_dim,
-            activation=config.activation,
-            gated=config.mlp_gated,
-            bias=config.mlp_bias,
-            output_std=output_std,
-            key=mlp_key,
-        )
+        self.mlp = make_mlp(config, output_std, mlp_key) if kind.mlp == "dense" else None
+        self.moe = make_moe(config, output_std, mlp_key) if kind.mlp == "moe" else None
         self.mlp_post_norm = make_norm(config) if after else None
 
     def __call__(
         self, x_BTD: Float[Array, "batch seq embed"], forward: Forward, layer: jax.Array, cache: LayerCache | None
-    ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None]:
-        """``layer`` is the number of this block, from 0."""
+    ) -> tuple[Float[Array, "batch seq embed"], LayerCache | None, RouterSums | None]:
+        """``layer`` is the number of this block, from 0. The sums are None where the block is dense."""
         x_BTD = tag(x_BTD, "block_input")
         with jax.named_scope("attention"):
             normed_BTD = whole_sequences(normed(self.attention_norm, x_BTD))
-            rotation = forward.rotations[self.kind]
+            rotation = forward.rotations[self.kind.attention]
             y_BTD, cache = self.attention(normed_BTD, forward.rows, rotation, forward.execution, cache, forward.write)
-        attended_BTD = x_BTD + self._branch(y_BTD, self.attention_post_norm, forward.dropout, 2 * layer + 1)
+        attended_BTD = x_BTD + self._branch(y_BTD, self.attention_post_norm, forward.noise, 2 * layer + 1)
         with jax.named_scope("mlp"):
             if not self.shares_norm:
                 normed_BTD = whole_sequences(normed(self.mlp_norm, x_BTD if self.is_parallel else attended_BTD))
-            y_BTD = self.mlp(normed_BTD, forward.execution)
-        return attended_BTD + self._branch(y_BTD, self.mlp_post_norm, forward.dropout, 2 * layer + 2), cache
+            y_BTD, sums = self._feed_forward(normed_BTD, forward, 2 * layer + 2)
+        return attended_BTD + self._branch(y_BTD, self.mlp_post_norm, forward.noise, 2 * layer + 2), cache, sums
 
-    def _branch(self, y_BTD, post_norm: Norm | None, dropout: Dropout | None, place: jax.Array):
+    def _feed_forward(self, x_BTD, forward: Forward, place: jax.Array):
+        if self.moe is None:
+            assert self.mlp is not None
+            return self.mlp(x_BTD, forward.execution), None
+        keys_B = None if forward.noise is None else forward.noise.keys(place)
+        may_drop = forward.write is None
+        return self.moe(x_BTD, forward.valid_BT, forward.execution, keys_B=keys_B, may_drop=may_drop)
+
+    def _branch(self, y_BTD, post_norm: Norm | None, noise: Noise | None, place: jax.Array):
         """What is added to the residual stream of a branch's result."""
         y_BTD = normed(post_norm, y_BTD)
-        if dropout is not None:
-            y_BTD = dropout(y_BTD, place)
+        if noise is not None:
+            y_BTD = noise.dropout(y_BTD, place)
         return y_BTD if self.multiplier == 1 else y_BTD * jnp.asarray(self.multiplier, y_BTD.dtype)
 
 
@@ -160,18 +170,32 @@ class Decoder(nnx.Module):
         execution: Execution,
         *,
         prefix_BT: Bool[Array, "batch seq"] | None = None,
-        dropout_keys_B: PRNGKeyArray | None = None,
+        noise_keys_B: PRNGKeyArray | None = None,
     ) -> Float[Array, "batch seq embed"]:
         """What the logits are made of: the normed residual stream, in the compute dtype, sharded as between blocks.
 
-        Tokens where ``prefix`` is true are seen by all of their segment (prefix-LM). With ``dropout_keys`` (one a row)
-        the config's dropout is applied, as in training; without them it is not.
+        Tokens where ``prefix`` is true are seen by all of their segment (prefix-LM). With ``noise_keys`` (one a row)
+        the config's dropout and jitter are applied, as in training; without them they are not.
         """
-        dropout = None
-        if self.config.dropout and dropout_keys_B is not None:
-            dropout = Dropout(self.config.dropout, dropout_keys_B)
+        return self.hidden_and_router(
+            tokens_BT, positions_BT, segment_ids_BT, execution, prefix_BT=prefix_BT, noise_keys_B=noise_keys_B
+        )[0]
+
+    def hidden_and_router(
+        self,
+        tokens_BT: Int[Array, "batch seq"],
+        positions_BT: Int[Array, "batch seq"],
+        segment_ids_BT: Int[Array, "batch seq"] | None,
+        execution: Execution,
+        *,
+        prefix_BT: Bool[Array, "batch seq"] | None = None,
+        noise_keys_B: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "batch seq embed"], RouterSums | None]:
+        """The same, and what the routers did: of each block with experts, in their order. None where there is none."""
+        noise = None if noise_keys_B is None else Noise(noise_keys_B, self.config.dropout)
         rows = Rows(positions_BT, segment_ids_BT, prefix_BT)
-        return self._run(tokens_BT, self._forward(rows, execution, dropout, None), None)[0]
+        x_BTD, _, sums = self._run(tokens_BT, self._forward(rows, execution, noise, None), None)
+        return x_BTD, sums
 
     def hidden_with_cache(
         self,
@@ -182,19 +206,20 @@ class Decoder(nnx.Module):
         write: CacheWrite,
     ) -> tuple[Float[Array, "batch seq embed"], list[GroupCache]]:
         """The same for tokens that follow those in ``cache``; also the cache with these tokens written into it."""
-        return self._run(tokens_BT, self._forward(Rows(positions_BT, None, None), execution, None, write), cache)
+        forward = self._forward(Rows(positions_BT, None, None), execution, None, write)
+        return self._run(tokens_BT, forward, cache)[:2]
 
-    def _forward(self, rows: Rows, execution, dropout, write) -> Forward:
+    def _forward(self, rows: Rows, execution, noise, write) -> Forward:
         lengths_BT = None
         if write is not None:
             lengths_BT = write.length_B[:, None]
         elif rows.segment_ids_BT is not None:
             lengths_BT = document_lengths(rows.positions_BT, rows.segment_ids_BT)
-        rotations: dict[BlockKind, Rotation | None] = {}
+        rotations: dict[AttentionKind, Rotation | None] = {}
         for kind in self.config.layer_pattern:
             rope = self.config.rope(kind)
             rotations[kind] = None if rope is None else rope.rotation(rows.positions_BT, lengths_BT)
-        return Forward(rows, rotations, execution, dropout, write)
+        return Forward(rows, rotations, execution, noise, write)
 
     def _embedded(self, tokens_BT, forward: Forward) -> Float[Array, "batch seq embed"]:
         config = self.config
@@ -209,9 +234,9 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD + added_BTD.astype(x_BTD.dtype)
         if self.embed_norm is not None:
             x_BTD = self.embed_norm(x_BTD)
-        return x_BTD if forward.dropout is None else forward.dropout(x_BTD, jnp.asarray(0))
+        return x_BTD if forward.noise is None else forward.noise.dropout(x_BTD, jnp.asarray(0))
 
-    def _run(self, tokens_BT, forward: Forward, caches) -> tuple[Any, Any]:
+    def _run(self, tokens_BT, forward: Forward, caches) -> tuple[Any, Any, RouterSums | None]:
         execution = forward.execution
 
         def apply(x_BTD, block, layer, index, cache):
@@ -221,29 +246,62 @@ class Decoder(nnx.Module):
         def body(carry, layers):
             x_BTD, group_cache = carry
             group, first, index = layers
-            new_cache = []
+            new_cache, sums = [], []
             for i, block in enumerate(group.blocks):
                 cache = None if group_cache is None else group_cache[i]
                 run = checkpointed(apply, execution.remat, scanned=execution.scan_layers)
-                x_BTD, cache = run(x_BTD, block, first + i, index, cache)
+                x_BTD, cache, of_router = run(x_BTD, block, first + i, index, cache)
                 new_cache.append(cache)
-            return (x_BTD, None if group_cache is None else tuple(new_cache)), None
+                sums += [] if of_router is None else [of_router]
+            stacked = jax.tree.map(lambda *of_blocks: jnp.stack(of_blocks), *sums) if sums else None
+            return (x_BTD, None if group_cache is None else tuple(new_cache)), stacked
 
         x_BTD = self._embedded(tokens_BT, forward)
-        new_caches, num_before = [], 0
+        new_caches, all_sums, num_before = [], [], 0
         for i, (segment, shape) in enumerate(zip(self.segments, self.config.segments, strict=True)):
             indices = jnp.arange(shape.repeats)
             layers = (segment, num_before + len(shape.pattern) * indices, indices)
             # The stacked cache is carried, not scanned over, so that it is updated in place.
             carry = (x_BTD, None if caches is None else caches[i])
             scan = jax.lax.scan if execution.scan_layers else _unrolled
-            (x_BTD, cache), _ = scan(body, carry, layers)
+            (x_BTD, cache), sums = scan(body, carry, layers)
             new_caches.append(cache)
+            all_sums += [] if sums is None else [sums]
             num_before += len(shape.pattern) * shape.repeats
         x_BTD = self.final_norm(x_BTD)
         if self.config.logit_multiplier != 1:
             x_BTD = x_BTD * jnp.asarray(self.config.logit_multiplier, x_BTD.dtype)
-        return x_BTD, None if caches is None else new_caches
+        # Of each segment (repeats, blocks with experts of a group, …): one after the other in the order of the depth.
+        in_order = lambda *sums: jnp.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in sums])  # noqa: E731
+        router_sums = jax.tree.map(in_order, *all_sums) if all_sums else None
+        return x_BTD, None if caches is None else new_caches, router_sums
+
+
+def make_mlp(config: DecoderConfig, output_std: float, key: PRNGKeyArray) -> MLP:
+    """The feed-forward half of a dense block."""
+    return MLP(
+        config.embed_dim,
+        config.mlp_dim,
+        activation=config.activation,
+        gated=config.mlp_gated,
+        bias=config.mlp_bias,
+        output_std=output_std,
+        key=key,
+    )
+
+
+def make_moe(config: DecoderConfig, output_std: float, key: PRNGKeyArray) -> MoE:
+    """The feed-forward half of a block with experts."""
+    assert config.moe is not None
+    return MoE(
+        config.moe,
+        config.embed_dim,
+        config.expert_dim,
+        activation=config.activation,
+        gated=config.mlp_gated,
+        output_std=output_std,
+        key=key,
+    )
 
 
 def make_norm(config: DecoderConfig) -> Norm:
@@ -268,6 +326,8 @@ def whole_sequences(x_BTD: Float[Array, "batch seq embed"]) -> Float[Array, "bat
 
 
 def _unrolled(body, carry, layers):
+    results = []
     for i in range(jax.tree.leaves(layers)[0].shape[0]):
-        carry, _ = body(carry, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
-    return carry, None
+        carry, result = body(carry, jax.tree.map(lambda leaf, i=i: leaf[i], layers))
+        results.append(result)
+    return carry, jax.tree.map(lambda *of_groups: jnp.stack(of_groups), *results)

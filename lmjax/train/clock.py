@@ -11,6 +11,7 @@ from lmjax.compat import device_memory_peak
 from lmjax.models.counts import training_flops
 from lmjax.train.hardware import peak_flops
 from lmjax.train.job import Job
+from lmjax.train.router import router_row
 from lmjax.train.step import StepMetrics
 
 
@@ -36,6 +37,7 @@ class Clock:
         peak = peak_flops(self._devices[0].device_kind)
         self._peak = None if peak is None else peak * mesh.size
         self._flops = training_flops(job.model, job.train.global_batch_size, job.data.sequence_length)
+        self._moe, self._blocks = job.model.moe, job.model.blocks
         self._waited = 0.0
         self._last = time.perf_counter()
 
@@ -44,7 +46,7 @@ class Clock:
         self._last = time.perf_counter()
 
     def row(self, pending: Pending, tokens: float, seconds_waited: float) -> dict[str, Any]:
-        metrics = StepMetrics(*(float(value) for value in jax.device_get(pending.metrics)))
+        metrics: StepMetrics = jax.device_get(pending.metrics)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self.total_seconds += seconds
@@ -52,15 +54,17 @@ class Clock:
         memory = [peak for peak in map(device_memory_peak, self._devices) if peak is not None]
         row = {
             "step": pending.step,
-            "loss": metrics.loss,
-            "grad_norm": metrics.grad_norm,
-            "learning_rate": metrics.learning_rate,
-            "tokens": tokens + metrics.tokens,
-            "tokens_per_second": metrics.tokens / seconds,
+            "loss": float(metrics.loss),
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": float(metrics.learning_rate),
+            "tokens": tokens + float(metrics.tokens),
+            "tokens_per_second": float(metrics.tokens) / seconds,
             "step_seconds": seconds,
             "data_seconds": waited,
             "data_wait_share": waited / seconds,
             "mfu": None if self._peak is None else self._flops / seconds / self._peak,
             "memory_bytes": max(memory, default=None),
         }
+        if metrics.router is not None and self._moe is not None:
+            row["router"] = router_row(metrics.router, self._blocks, self._moe.experts_per_token)
         return row | pending.of_batch

@@ -41,7 +41,7 @@ def make_evaluator(
     @jax.jit
     def sums(params, batch: DeviceBatch, log_probs):
         batch = jax.tree.map(lambda leaf: leaf[0], batch)
-        model = loss_sums(blueprint.decoder(params), batch, execution, options)
+        model, _ = loss_sums(blueprint.decoder(params), batch, execution, options)
         spec = jax.typeof(batch.targets).sharding.spec
         unigram = log_probs.at[batch.targets].get(out_sharding=PartitionSpec(*spec))
         return jnp.stack([model.nll, -jnp.sum(batch.weights * unigram), jnp.sum(batch.weights)])

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from lmjax.errors import DivergedError
 
@@ -39,11 +39,24 @@ class StopSignal:
         self._previous.clear()
 
 
-def check_finite(step: int, values: Mapping[str, float], last_saved: int | None) -> None:
-    """Raises DivergedError where one of the named values is not finite. ``last_saved`` is the last checkpoint."""
-    if all(map(math.isfinite, values.values())):
+def check_finite(
+    step: int,
+    values: Mapping[str, float],
+    last_saved: int | None,
+    routers: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Raises DivergedError where one of the named values, or of a router's logits, is not finite.
+
+    ``last_saved`` is the last checkpoint; ``routers`` are those of a row of metrics.jsonl.
+    """
+    broken = {number: round(told["not_finite"]) for number, told in (routers or {}).items() if told["not_finite"]}
+    if all(map(math.isfinite, values.values())) and not broken:
         return
     told = " and ".join(f"{name} is {value!r}" for name, value in values.items())
+    if broken:
+        number, count = next(iter(broken.items()))
+        told += f"; the router's logits are not finite for {count} tokens in block {number}"
+        told += f" and for some in {len(broken) - 1} more blocks" if len(broken) > 1 else ""
     kept = "there is no checkpoint" if last_saved is None else f"the checkpoint of step {last_saved} is from before it"
     raise DivergedError(
         f"step {step}: {told}; the run is stopped and {kept}. "

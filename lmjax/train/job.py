@@ -78,6 +78,7 @@ def make_program(job: Job, mesh: Mesh | None = None) -> Program:
     mesh = make_mesh(job.mesh) if mesh is None else mesh
     platform = mesh.devices.flat[0].platform
     check_shapes(job, mesh)
+    check_routing(job)
     check_steps(job)
     return Program(
         mesh=mesh,
@@ -106,6 +107,26 @@ def choose_kernels(job: Job, platform: str) -> dict[str, Choice]:
         )
         for kind in dict.fromkeys(job.model.layer_pattern)
     }
+
+
+def check_routing(job: Job) -> None:
+    """Raises InputError where rows or micro-batches do not fit the model's experts."""
+    moe = job.model.moe
+    if moe is None:
+        return
+    if moe.balance_over == "batch" and job.train.accumulation > 1:
+        raise InputError(
+            f"model.moe.balance_over is batch and train.accumulation is {job.train.accumulation}: a loss of the batch "
+            "as a whole is not the sum of its micro-batches' losses. Set balance_over=sequence or accumulation=1."
+        )
+    if moe.capacity_factor is not None:
+        length, share = job.data.sequence_length, moe.experts_per_token / moe.num_experts
+        if (slots := length * share * moe.capacity_factor) < 1:
+            raise InputError(
+                f"model.moe: {length} tokens x {moe.experts_per_token} choices / {moe.num_experts} experts x "
+                f"capacity_factor {moe.capacity_factor} = {slots:.3g}: an expert has room for less than one token of a "
+                "sequence. Raise capacity_factor or data.sequence_length."
+            )
 
 
 def check_shapes(job: Job, mesh: Mesh) -> None:

@@ -111,7 +111,9 @@ def run(job: Job, push: Callable[[], None] | None = None) -> None:
             if pending is None:
                 return tokens
             row = clock.row(pending, tokens, feed.seconds_waited)
-            check_finite(row["step"], {name: row[name] for name in ("loss", "grad_norm")}, last_saved)
+            check_finite(
+                row["step"], {name: row[name] for name in ("loss", "grad_norm")}, last_saved, row.get("router")
+            )
             if pending.written:
                 recorder.train_row(row, last=row["step"] == steps)
             if profiler.after(row["step"]):

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lmjax.mesh import BATCH_AXES
 from lmjax.models.decoder import Decoder, Execution
 from lmjax.ops.cross_entropy import LossOptions, LossSums, linear_cross_entropy
+from lmjax.ops.routing import RouterSums
+from lmjax.train.router import router_loss, with_moved_biases, zero_sums
 from lmjax.train.state import Blueprint, TrainState
 
 
@@ -29,7 +31,7 @@ class DeviceBatch(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step tells, as float32 scalars on the devices."""
+    """What a step tells, as float32 arrays on the devices: scalars, but for the routers."""
 
     loss: Any
     """Mean negative log-likelihood of the weighted targets, in nats."""
@@ -38,6 +40,8 @@ class StepMetrics(NamedTuple):
     learning_rate: Any
     tokens: Any
     """Sum of the target weights."""
+    router: RouterSums | None
+    """Of the whole global batch, for each block with experts; None where there is none."""
 
 
 def loss_sums(
@@ -45,17 +49,17 @@ def loss_sums(
     batch: DeviceBatch,
     execution: Execution,
     options: LossOptions,
-    dropout_keys_B: PRNGKeyArray | None = None,
-) -> LossSums:
-    """The loss over one micro-batch (no leading dimension), summed over its weighted targets.
+    noise_keys_B: PRNGKeyArray | None = None,
+) -> tuple[LossSums, RouterSums | None]:
+    """The loss over one micro-batch (no leading dimension), summed over its weighted targets; and what the routers did.
 
-    The decoder's dropout is applied where ``dropout_keys`` (one a row) are given.
+    The decoder's dropout and jitter are applied where ``noise_keys`` (one a row) are given.
     """
-    hidden_BTD = decoder.hidden(
-        batch.tokens, batch.positions, batch.segment_ids, execution, dropout_keys_B=dropout_keys_B
+    hidden_BTD, router = decoder.hidden_and_router(
+        batch.tokens, batch.positions, batch.segment_ids, execution, noise_keys_B=noise_keys_B
     )
     with jax.named_scope("loss"):
-        return linear_cross_entropy(
+        sums = linear_cross_entropy(
             hidden_BTD,
             decoder.head_table,
             batch.targets,
@@ -63,6 +67,7 @@ def loss_sums(
             options,
             **decoder.head_arguments,
         )
+    return sums, router
 
 
 def make_step(
@@ -71,42 +76,52 @@ def make_step(
     """One update, a pure function to be jitted with its state donated.
 
     The loss is the mean over the weighted targets of the whole global batch, so micro-batches with unequal numbers of
-    them add up to the gradient of the one large batch. Dropout is drawn from ``seed``, the step and a row's place in
-    the global batch.
+    them add up to the gradient of the one large batch; the routers' losses are means over its tokens. Dropout and
+    jitter are drawn from ``seed``, the step and a row's place in the global batch.
     """
+    moe = blueprint.config.moe
 
-    def gradients(params, batch: DeviceBatch, dropout_keys_B, total_weight):
+    def gradients(params, batch: DeviceBatch, noise_keys_B, total_weight, num_tokens):
         def loss(params):
-            sums = loss_sums(blueprint.decoder(params), batch, execution, options, dropout_keys_B)
-            return sums.loss / total_weight, sums.nll
+            sums, router = loss_sums(blueprint.decoder(params), batch, execution, options, noise_keys_B)
+            total = sums.loss / total_weight
+            if moe is not None and router is not None:
+                total += router_loss(moe, router, num_tokens)
+            return total, (sums.nll, router)
 
-        (_, nll), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return nll, grads
+        (_, told), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return told, grads
 
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepMetrics]:
         total_weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
+        num_tokens = jnp.maximum(jnp.sum(batch.segment_ids > 0, dtype=jnp.float32), 1.0)
         keys_AB = None
-        if blueprint.config.dropout:
+        if blueprint.config.dropout or (moe is not None and moe.jitter):
             keys_AB = row_keys(jax.random.fold_in(jax.random.key(seed), state.step), *batch.tokens.shape[:2])
         if batch.tokens.shape[0] == 1:
             first, keys_B = jax.tree.map(lambda leaf: leaf[0], (batch, keys_AB))
-            nll, grads = gradients(state.params, first, keys_B, total_weight)
+            (nll, router), grads = gradients(state.params, first, keys_B, total_weight, num_tokens)
         else:
 
             def accumulate(carry, part):
                 micro_batch, keys_B = part
-                return jax.tree.map(jnp.add, carry, gradients(state.params, micro_batch, keys_B, total_weight)), None
+                found = gradients(state.params, micro_batch, keys_B, total_weight, num_tokens)
+                return jax.tree.map(jnp.add, carry, found), None
 
-            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
-            (nll, grads), _ = jax.lax.scan(accumulate, zeros, (batch, keys_AB))
+            told = (jnp.zeros((), jnp.float32), None if moe is None else zero_sums(moe, blueprint.config.blocks))
+            zeros = (told, jax.tree.map(jnp.zeros_like, state.params))
+            ((nll, router), grads), _ = jax.lax.scan(accumulate, zeros, (batch, keys_AB))
         with jax.named_scope("optimizer"):
             updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            if moe is not None and router is not None and moe.choice_bias_rate is not None:
+                params = with_moved_biases(params, blueprint.config, router, moe.choice_bias_rate)
             metrics = StepMetrics(
                 loss=nll / total_weight,
                 grad_norm=optax.tree.norm(grads),
                 learning_rate=jnp.asarray(blueprint.schedule(state.step), jnp.float32),
                 tokens=jnp.sum(batch.weights),
+                router=router,
             )
         return TrainState(state.step + 1, params, opt_state), metrics
 

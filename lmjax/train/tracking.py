@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,23 @@ FLUSH_SECONDS = 10.0
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """What can be drawn of a row, by names such as ``train/loss``, ``evaluation/eval_loss``, ``mixture/code``."""
+    """What can be drawn of a row, by names such as ``train/loss``, ``evaluation/eval_loss``, ``mixture/code`` and
+    ``router/3/entropy``; lists are left out."""
     kind = "evaluation" if "eval_loss" in row else "train"
     found = {}
     for key, value in row.items():
-        if isinstance(value, dict):
-            found |= {f"{key}/{name}": float(part) for name, part in value.items()}
-        elif isinstance(value, int | float) and key not in ("step", "time"):
-            found[f"{kind}/{key}"] = float(value)
+        if key not in ("step", "time"):
+            found |= dict(_numbers(key if isinstance(value, dict) else f"{kind}/{key}", value))
     return found
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in ``value`` by their paths from ``name``."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _numbers(f"{name}/{key}", part)
+    elif isinstance(value, int | float):
+        yield name, float(value)
 
 
 class TensorBoard:

@@ -6,6 +6,7 @@ table makes of the files. What the parts of it raise where a table is wrong is s
 
 import dataclasses
 import inspect
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from lmjax.convert.pieces import Piece, is_ignored, pieces
 from lmjax.convert.settings import WITHOUT_EFFECT, read_config_file
 from lmjax.convert.source import find_family, read_model
 from lmjax.models.decoder import DecoderConfig, whole_sequences
+from lmjax.nn.moe import MoEConfig
 from lmjax.train.state import abstract_decoder
 from lmjax.train.step import DeviceBatch, loss_sums
 from tests import tiny
@@ -166,7 +168,31 @@ def resolved(config: DecoderConfig) -> DecoderConfig:
         layer_pattern=kinds[:shortest],
         query_scale=config.attention("full").query_scale,
         init="gpt2",
+        moe=None if config.moe is None else resolved_experts(config, config.moe),
     )
+
+
+def resolved_experts(config: DecoderConfig, moe: MoEConfig) -> MoEConfig:
+    """With the fewest blocks before and in the pattern, and one name for weights that are divided by their sum."""
+    kinds = tuple(kind.mlp for kind in config.blocks)
+    lengths = itertools.product(range(len(kinds)), range(1, len(kinds) + 1))
+    dense_first, length = min(
+        ((first, n) for first, n in lengths if spelled(kinds, first, n) == kinds), key=lambda found: (sum(found), found)
+    )
+    return dataclasses.replace(
+        moe,
+        expert_dim=config.expert_dim if "dense" in kinds else None,
+        dense_first=dense_first,
+        pattern=kinds[dense_first : dense_first + length],
+        softmax_over="all",
+        renormalize=moe.renormalize or moe.softmax_over == "chosen",
+    )
+
+
+def spelled(kinds: tuple[str, ...], dense_first: int, length: int) -> tuple[str, ...]:
+    """Dense layers, and a pattern of so many of ``kinds`` after them, over the depth."""
+    pattern = itertools.cycle(kinds[dense_first : dense_first + length])
+    return tuple(itertools.islice(itertools.chain(["dense"] * dense_first, pattern), len(kinds)))
 
 
 def check_config(reading: Reading, example: Example) -> None:
@@ -316,7 +342,7 @@ def our_gradients(reading: Reading, row: np.ndarray) -> tuple[float, dict[str, n
     def value_and_grad(params, batch):
         def loss(params):
             decoder = nnx.merge(reading.graphdef, params)
-            return loss_sums(decoder, batch, tiny.FLOAT32, tiny.LOSS).loss / (len(row) - 1)
+            return loss_sums(decoder, batch, tiny.FLOAT32, tiny.LOSS)[0].loss / (len(row) - 1)
 
         return jax.value_and_grad(loss)(params)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lmjax.nn.moe import MoEConfig
 from lmjax.nn.rope_scaling import DynamicScaling
 from tests.tiny import CONFIG, with_changes
 
@@ -65,6 +66,21 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "init": "olmo2",
     },
     "sinusoidal": {"norm_placement": "post", "qk_norm": "full", "mlp_gated": False, "position": "sinusoidal"},
+    "moe": {
+        "num_layers": 5,
+        "layer_pattern": ("sliding", "full"),
+        "sliding_window": 4,
+        "moe": MoEConfig(
+            num_experts=4,
+            experts_per_token=2,
+            pattern=("dense", "moe"),
+            dense_first=1,
+            expert_dim=24,
+            shared_dim=16,
+            shared_gate=True,
+            choice_bias_rate=0.001,
+        ),
+    },
     "none": {
         "norm": "layer",
         "norm_bias": True,

@@ -157,7 +157,7 @@ def test_scan_equals_unrolled(config, rng):
 
     def loss(params, execution):
         keys = row_keys(jax.random.key(0), 1, 2)[0]
-        return loss_sums(blueprint.decoder(params), batch, execution, LOSS, keys).loss
+        return loss_sums(blueprint.decoder(params), batch, execution, LOSS, keys)[0].loss
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     unrolled = tiny.execution(scan_layers=False, remat=RematConfig(policy="none"))
@@ -187,8 +187,9 @@ def test_scan_equals_unrolled(config, rng):
 def test_segments_are_whole_patterns_and_the_rest(num_layers, pattern, segments):
     window = 3 if "sliding" in pattern else None
     config = tiny.with_changes(CONFIG, num_layers=num_layers, layer_pattern=pattern, sliding_window=window)
-    assert config.segments == segments
-    kinds = [kind for segment in config.segments for _ in range(segment.repeats) for kind in segment.pattern]
+    assert [(tuple(kind.attention for kind in part), repeats) for part, repeats in config.segments] == list(segments)
+    kinds = [kind.attention for segment in config.segments for _ in range(segment.repeats) for kind in segment.pattern]
+    assert kinds == [kind.attention for kind in config.blocks]
     assert kinds == [pattern[i % len(pattern)] for i in range(num_layers)]
 
 

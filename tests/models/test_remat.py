@@ -30,7 +30,7 @@ def problem(request):
     def loss(params, remat, scan_layers=True, dropout=False):
         execution = tiny.execution(remat=remat, scan_layers=scan_layers)
         keys = row_keys(jax.random.key(3), 1, 2)[0] if dropout else None
-        return loss_sums(blueprint.decoder(params), batch, execution, LOSS, keys).loss
+        return loss_sums(blueprint.decoder(params), batch, execution, LOSS, keys)[0].loss
 
     with jax.set_mesh(blueprint.mesh):
         yield params, loss

@@ -73,7 +73,7 @@ def test_bfloat16_compute_and_the_dtype_of_gradient_reduction(batches, big_batch
 
     def value_and_gradient(execution):
         def loss(params):
-            sums = loss_sums(blueprint.decoder(params), batch, execution, LOSS)
+            sums, _ = loss_sums(blueprint.decoder(params), batch, execution, LOSS)
             return sums.loss / sums.weight
 
         with jax.set_mesh(blueprint.mesh):

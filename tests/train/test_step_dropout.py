@@ -76,7 +76,7 @@ def test_without_keys_nothing_is_zeroed(batches, one_device, seed):
 
     @jax.jit
     def losses(params, batch):
-        every = (loss_sums(each.decoder(params), batch, FLOAT32, LOSS) for each in (blueprint, plain))
+        every = (loss_sums(each.decoder(params), batch, FLOAT32, LOSS)[0] for each in (blueprint, plain))
         return [sums.loss / sums.weight for sums in every]
 
     with jax.set_mesh(blueprint.mesh):
@@ -105,7 +105,7 @@ def test_embeddings_are_dropped_and_every_branch_of_every_layer_by_a_pattern_of_
     @jax.jit
     def hidden(params, keys):
         ones = jax.sharding.reshard(jnp.ones(shape, jnp.int32), jax.P(("data", "fsdp")))
-        return blueprint.decoder(params).hidden(ones, ones, ones, FLOAT32, dropout_keys_B=keys)
+        return blueprint.decoder(params).hidden(ones, ones, ones, FLOAT32, noise_keys_B=keys)
 
     def counts(*ones: tuple[str, ...]) -> np.ndarray:
         """How many of what was added is left, of each number: shares of 0, 1, 2 ..."""

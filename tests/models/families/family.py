@@ -66,8 +66,7 @@ def max_positions(config: DecoderConfig) -> int:
 
 
 def layer_types(config: DecoderConfig) -> list[str]:
-    kinds = [kind for segment in config.segments for _ in range(segment.repeats) for kind in segment.pattern]
-    return [f"{kind}_attention" for kind in kinds]
+    return [f"{kind.attention}_attention" for kind in config.blocks]
 
 
 def rms_settings(config: DecoderConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lmjax.nn.dropout import Dropout
+from lmjax.nn.noise import Noise
 from tests.tiny import mesh_of
 
 ROWS, LENGTH, EMBED, RATE = 8, 16, 32, 0.3
@@ -25,7 +25,7 @@ def dropped(x: np.ndarray, mesh=None, *, seed: int = 0, place: int = 0, rows: sl
 
         @jax.jit
         def run(x, keys, place):
-            return Dropout(RATE, jax.random.wrap_key_data(keys))(x, place)
+            return Noise(jax.random.wrap_key_data(keys), RATE).dropout(x, place)
 
         found = run(placed, by_row, jnp.asarray(place))
     assert found.sharding.spec == RESIDUAL
@@ -68,7 +68,7 @@ def test_other_keys_places_and_rows_zero_something_else(x):
 
 
 def test_the_gradient_passes_where_the_value_did(x):
-    dropout = Dropout(RATE, keys_of(0))
+    dropout = Noise(keys_of(0), RATE).dropout
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         placed = jax.device_put(x, jax.NamedSharding(mesh, RESIDUAL))
