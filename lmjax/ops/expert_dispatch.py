@@ -6,6 +6,7 @@ finds none is dropped. Either way rows are gathered, forward and backward; nothi
 Legend: B batch, T positions, K choices of a token, E experts, C capacity, N tokens (B x T), M rows of experts, D embed.
 """
 
+import functools
 import math
 from fractions import Fraction
 from typing import NamedTuple
@@ -98,9 +99,9 @@ def _take_rows_forward(x_ND, index_M, inverse_NR):
 
 
 def _take_rows_backward(inverse_NR, dy_MD):
-    dx_NRD = dy_MD.at[inverse_NR].get(mode="fill", fill_value=0)
-    dx_ND = dx_NRD[:, 0] if inverse_NR.shape[1] == 1 else jnp.sum(dx_NRD, axis=1, dtype=jnp.float32)
-    return dx_ND.astype(dy_MD.dtype), None, None
+    """One gather for each of R, so that gathers and sum become one loop."""
+    taken = [dy_MD.at[inverse_N].get(mode="fill", fill_value=0).astype(jnp.float32) for inverse_N in inverse_NR.T]
+    return functools.reduce(jnp.add, taken).astype(dy_MD.dtype), None, None
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)

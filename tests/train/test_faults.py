@@ -44,5 +44,16 @@ def test_what_is_not_finite_names_the_step_and_the_last_checkpoint(loss: float, 
 
 
 @pytest.mark.fast
+def test_routers_whose_logits_are_not_finite_are_counted_and_named():
+    routers = {"1": {"not_finite": 0.0}, "3": {"not_finite": 12.0}, "5": {"not_finite": 16.0}}
+    told = r"loss is nan; the router's logits are not finite for 12 tokens in block 3 and for some in 1 more blocks; "
+    with pytest.raises(DivergedError, match=told):
+        check_finite(7, {"loss": float("nan")}, None, routers)
+    with pytest.raises(DivergedError, match="12 tokens in block 3; the run is stopped"):
+        check_finite(7, {"loss": 1.0}, None, {"3": routers["3"]})
+
+
+@pytest.mark.fast
 def test_finite_values_pass():
     check_finite(7, {"loss": 1e30, "grad_norm": 0.0}, None)
+    check_finite(7, {"loss": 1e30}, None, {"1": {"not_finite": 0.0}})

@@ -50,6 +50,8 @@ def events(directory: Path) -> list[tuple[int, str, float]]:
 
 def test_scalars_are_the_numbers_of_a_row_by_its_kind():
     assert scalars(TRAIN) == {"train/loss": 2.5, "mixture/code": 5.0, "mixture/prose": 3.0}
+    router = {"router": {"3": {"entropy": 1.5, "load": [0.25, 0.75]}}}
+    assert scalars(TRAIN | router) == scalars(TRAIN) | {"router/3/entropy": 1.5}
     assert scalars(EVALUATION) == {"evaluation/eval_loss": 2.25, "evaluation/tokens": 7.0}
 
 
