@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.config import load_model
-from lmjax.mesh import MeshConfig
+from lmjax.mesh import AXES, MeshConfig
 from lmjax.models.decoder import Execution
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
@@ -70,7 +70,7 @@ def main() -> None:
         "seconds": round(step.seconds, 1),
         "model": "configs/models/llama3_8b.yaml",
         "topology": TOPOLOGY,
-        "mesh": {"data": MESH.data, "fsdp": MESH.fsdp, "tensor": MESH.tensor},
+        "mesh": {axis: getattr(MESH, axis) for axis in AXES},
         "rows": ROWS,
         "length": LENGTH,
         "python": platform.python_version(),

@@ -117,7 +117,7 @@ def _loss(x, table, targets):
 def our_runner(part: Part, mesh: jax.sharding.Mesh) -> Callable[[], None]:
     def spec(array: np.ndarray) -> jax.P:
         if array.shape[0] != ROWS:
-            return jax.P("tensor", "fsdp")
+            return jax.P("tensor", ("fsdp", "expert"))
         return jax.P(BATCH_AXES, None, "tensor", None) if array.ndim == 4 else jax.P(BATCH_AXES)
 
     floats = tuple(i for i, array in enumerate(part.inputs) if array.dtype == np.float32)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from lmjax.mesh import BATCH_AXES, single_device_mesh
+from lmjax.mesh import BATCH_AXES, FSDP_AXES, single_device_mesh
 from lmjax.ops.cross_entropy import LossOptions, linear_cross_entropy, naive_cross_entropy
 from lmjax.plan.compile import topology_devices
 from lmjax.plan.hlo import instructions
@@ -67,7 +67,7 @@ def compiled(form: str, sizes: dict[str, int], dtype: Any, device: Any) -> jax.s
     shapes, platform_name = arguments(sizes, dtype), device.platform
     if form == "chunked":
         mesh = single_device_mesh(device)
-        specs = (P(BATCH_AXES, None, None), P("tensor", "fsdp"), P(BATCH_AXES, None), P(BATCH_AXES, None))
+        specs = (P(BATCH_AXES, None, None), P("tensor", FSDP_AXES), P(BATCH_AXES, None), P(BATCH_AXES, None))
         shardings: Any = [NamedSharding(mesh, spec) for spec in specs]
         context: Any = jax.set_mesh(mesh)
     else:

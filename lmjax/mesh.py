@@ -13,19 +13,23 @@ from jax.sharding import AxisType, Mesh
 from lmjax.errors import InputError
 from lmjax.schema import config_class
 
-AXES = ("data", "fsdp", "tensor")
-"""``data`` replicates parameters, ``fsdp`` shards them and the batch, ``tensor`` shards heads, MLP and vocabulary."""
+AXES = ("data", "fsdp", "expert", "tensor")
+"""``data`` replicates parameters, ``fsdp`` shards them and the batch, ``expert`` shards experts and the batch and is
+for all other parameters as fsdp, ``tensor`` shards heads, MLP and vocabulary."""
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 """The mesh axes over which the sequences of a batch are split."""
 
+FSDP_AXES = ("fsdp", "expert")
+"""The mesh axes over which parameters are split that belong to all tokens."""
+
 TWO_DIMENSIONAL = ("TPU v5 lite", "TPU v5e")
-"""Kinds whose mesh of chips has two dimensions, so that three axes have to share them (as in ``jax.make_mesh``)."""
+"""Kinds whose mesh of chips has two dimensions, so that all axes have to share them (as in ``jax.make_mesh``)."""
 
 
 @config_class
 class MeshConfig:
-    """How many devices each axis has. One of data, fsdp and tensor may be -1: whatever the others leave.
+    """How many devices each axis has. One of data, fsdp, expert and tensor may be -1: whatever the others leave.
 
     On several slices of TPUs, dcn_data x dcn_fsdp is the number of slices; the rest of each axis lies inside a slice.
     On several hosts with GPUs it is 1, and axes go over the devices in order, or the number of hosts.
@@ -35,6 +39,8 @@ class MeshConfig:
     """Replicas of the parameters, each with its own share of the batch."""
     fsdp: int = -1
     """Devices over which parameters, gradients and moments are split; the batch is split over them too."""
+    expert: int = 1
+    """Devices over which experts are split; what is not an expert's is split over them too, and so is the batch."""
     tensor: int = 1
     """Devices over which heads, MLP and vocabulary are split."""
     dcn_data: int = 1

@@ -8,19 +8,20 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax.errors import InputError
-from lmjax.mesh import BATCH_AXES
+from lmjax.mesh import BATCH_AXES, FSDP_AXES
 
 Rule = str | tuple[str, ...] | None
 
 PARAMETER_RULES: Mapping[str, Rule] = {
     "layers": None,
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": FSDP_AXES,
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "experts": None,
+    "experts": "expert",
+    "expert_embed": "fsdp",
     "expert_mlp": "tensor",
     "router_experts": None,
     "norm": None,
@@ -66,9 +67,10 @@ def spec(
         parts = math.prod(sizes[name] for name in _names(entry))
         if size % parts:
             if axis not in REPLICATED_IF_UNEVEN:
+                over = " x ".join(name for name in _names(entry) if sizes[name] > 1)
                 raise InputError(
-                    f"mesh: {axis} has size {size}, which does not divide over {_text(entry)} = {parts} devices: "
-                    f"{size} mod {parts} = {size % parts}. Choose a mesh whose {_text(entry)} divides {size}."
+                    f"mesh: {axis} has size {size}, which does not divide over {over} = {parts} devices: "
+                    f"{size} mod {parts} = {size % parts}. Choose a mesh whose {over} divides {size}."
                 )
             entry = None
         entries.append(entry)
@@ -122,7 +124,3 @@ def leaf_report(tree: Any) -> Iterator[Leaf]:
 
 def _names(entry: Rule) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
-
-
-def _text(entry: Rule) -> str:
-    return " x ".join(_names(entry))

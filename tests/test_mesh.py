@@ -23,11 +23,12 @@ from lmjax.train.state import make_blueprint
 @pytest.mark.parametrize(
     ("sizes", "num_devices", "expected"),
     [
-        ({}, 8, (1, 8, 1)),
-        ({"data": -1, "fsdp": 2, "tensor": 2}, 8, (2, 2, 2)),
-        ({"fsdp": 16, "tensor": -1}, 64, (1, 16, 4)),
-        ({"data": 2, "fsdp": 3, "tensor": 1}, 6, (2, 3, 1)),
-        ({"fsdp": -1}, 1, (1, 1, 1)),
+        ({}, 8, (1, 8, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
+        ({"fsdp": 16, "tensor": -1}, 64, (1, 16, 1, 4)),
+        ({"data": 2, "fsdp": 3, "tensor": 1}, 6, (2, 3, 1, 1)),
+        ({"expert": -1, "fsdp": 2}, 8, (1, 2, 4, 1)),
+        ({"fsdp": -1}, 1, (1, 1, 1, 1)),
     ],
 )
 def test_the_open_axis_takes_what_the_others_leave(sizes, num_devices, expected):
@@ -39,9 +40,9 @@ def test_the_open_axis_takes_what_the_others_leave(sizes, num_devices, expected)
 @pytest.mark.parametrize(
     ("sizes", "num_devices", "message"),
     [
-        ({"data": 3}, 8, "data 3 x tensor 1 = 3 does not divide the 8 devices"),
-        ({"data": 2, "fsdp": 2, "tensor": 4}, 8, "data 2 x fsdp 2 x tensor 4 = 16 devices, but 8 are here"),
-        ({"fsdp": 4}, 8, "data 1 x fsdp 4 x tensor 1 = 4 devices, but 8 are here"),
+        ({"data": 3}, 8, "data 3 x expert 1 x tensor 1 = 3 does not divide the 8 devices"),
+        ({"data": 2, "fsdp": 2, "tensor": 4}, 8, "data 2 x fsdp 2 x expert 1 x tensor 4 = 16 devices, but 8 are here"),
+        ({"fsdp": 4}, 8, "data 1 x fsdp 4 x expert 1 x tensor 1 = 4 devices, but 8 are here"),
         ({"data": 16}, 8, "= 16 does not divide the 8 devices"),
     ],
 )
@@ -58,7 +59,8 @@ def test_meshes_that_do_not_fit_are_refused_with_the_arithmetic(sizes, num_devic
         ({"tensor": -2}, "mesh.tensor is -2"),
         ({"data": -1, "fsdp": -1}, "only one axis"),
         ({"fsdp": True}, "valid integer"),
-        ({"expert": 2}, "expert"),
+        ({"expert": 0}, "mesh.expert is 0"),
+        ({"context": 2}, "context"),
         ({"dcn_data": 0}, "mesh.dcn_data is 0"),
         ({"dcn_data": -1}, "mesh.dcn_data is -1"),
         ({"data": 3, "dcn_data": 2}, "mesh.dcn_data is 2, which does not divide mesh.data 3"),
@@ -120,7 +122,7 @@ def slices(mesh: jax.sharding.Mesh) -> np.ndarray:
 @pytest.mark.fast
 def test_only_data_crosses_slices():
     mesh = make_mesh(MeshConfig(data=4, fsdp=4, tensor=2, dcn_data=4), tpus(4))
-    assert mesh.devices.shape == (4, 4, 2)
+    assert mesh.devices.shape == (4, 4, 1, 2)
     assert {device.id for device in mesh.devices.flat} == set(range(32))
     for number in range(4):
         assert (slices(mesh)[number] == number).all()
@@ -129,8 +131,8 @@ def test_only_data_crosses_slices():
 @pytest.mark.fast
 def test_what_is_left_of_data_lies_inside_a_slice():
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2, dcn_data=2), tpus(2))
-    assert mesh.devices.shape == (4, 2, 2)
-    assert slices(mesh)[:, 0, 0].tolist() == [0, 0, 1, 1]
+    assert mesh.devices.shape == (4, 2, 1, 2)
+    assert slices(mesh)[:, 0, 0, 0].tolist() == [0, 0, 1, 1]
     for number in range(4):
         assert len(set(slices(mesh)[number].flat)) == 1
 
@@ -138,7 +140,7 @@ def test_what_is_left_of_data_lies_inside_a_slice():
 @pytest.mark.fast
 def test_fsdp_crosses_slices_where_that_is_asked_for():
     mesh = make_mesh(MeshConfig(data=2, fsdp=8, tensor=2, dcn_data=2, dcn_fsdp=2), tpus(4))
-    assert slices(mesh)[:, ::4, 0].tolist() == [[0, 1], [2, 3]]
+    assert slices(mesh)[:, ::4, 0, 0].tolist() == [[0, 1], [2, 3]]
     assert (slices(mesh)[:, ::4] == slices(mesh)[:, 3::4]).all()
     assert (slices(mesh)[..., 0] == slices(mesh)[..., 1]).all()
 
@@ -176,7 +178,7 @@ def test_an_axis_may_go_over_all_gpus_of_several_hosts():
 def test_hosts_with_gpus_are_what_dcn_crosses(processes_per_host):
     devices = gpus(2, 4, processes_per_host)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, dcn_data=2), devices[4:] + devices[:4])
-    assert slices(mesh)[:, 0, 0].tolist() == [0, 1]
+    assert slices(mesh)[:, 0, 0, 0].tolist() == [0, 1]
     for number in range(2):
         assert (slices(mesh)[number] == number).all()
     with pytest.raises(InputError, match=f"the 8 devices here form {2 * processes_per_host} hosts"):
@@ -195,7 +197,7 @@ def test_slices_of_absent_tpus_make_a_mesh():
     pytest.importorskip("libtpu")
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2", num_slices=2).devices
     mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=2, dcn_data=2), devices)
-    assert mesh.devices.shape == (2, 4, 2)
+    assert mesh.devices.shape == (2, 4, 1, 2)
     assert [set(row.flat) for row in slices(mesh)] == [{0}, {1}]
 
 

@@ -18,21 +18,21 @@ from tests.tiny import mesh_of
 
 pytestmark = pytest.mark.fast
 
-SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+SIZES = {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
 
 
 @pytest.mark.parametrize(
     ("axes", "shape", "expected"),
     [
-        (("embed", "mlp"), (6, 8), P("fsdp", "tensor")),
-        (("mlp", "embed"), (8, 6), P("tensor", "fsdp")),
-        (("vocab", "embed"), (128, 6), P("tensor", "fsdp")),
-        (("embed", "heads", "head_dim"), (6, 4, 5), P("fsdp", "tensor", None)),
-        (("embed", "kv_heads", "head_dim"), (6, 4, 5), P("fsdp", "tensor", None)),
-        (("embed", "kv_heads", "head_dim"), (6, 1, 5), P("fsdp", None, None)),
+        (("embed", "mlp"), (6, 8), P(("fsdp", "expert"), "tensor")),
+        (("mlp", "embed"), (8, 6), P("tensor", ("fsdp", "expert"))),
+        (("vocab", "embed"), (128, 6), P("tensor", ("fsdp", "expert"))),
+        (("embed", "heads", "head_dim"), (6, 4, 5), P(("fsdp", "expert"), "tensor", None)),
+        (("embed", "kv_heads", "head_dim"), (6, 4, 5), P(("fsdp", "expert"), "tensor", None)),
+        (("embed", "kv_heads", "head_dim"), (6, 1, 5), P(("fsdp", "expert"), None, None)),
         (("norm",), (7,), P(None)),
         # A stack of layers has a dimension more than its axes.
-        (("embed", "mlp"), (3, 6, 8), P(None, "fsdp", "tensor")),
+        (("embed", "mlp"), (3, 6, 8), P(None, ("fsdp", "expert"), "tensor")),
     ],
 )
 def test_parameters_follow_their_table(axes, shape, expected):
@@ -42,11 +42,11 @@ def test_parameters_follow_their_table(axes, shape, expected):
 @pytest.mark.parametrize(
     ("axes", "shape", "expected"),
     [
-        (("batch", "seq", "embed"), (8, 6, 5), P(("data", "fsdp"), None, None)),
-        (("batch", "seq_residual", "embed"), (8, 6, 5), P(("data", "fsdp"), "tensor", None)),
-        (("batch", "seq_residual", "embed"), (8, 1, 5), P(("data", "fsdp"), None, None)),
-        (("batch", "seq", "mlp"), (8, 6, 4), P(("data", "fsdp"), None, "tensor")),
-        (("batch", "seq", "kv_heads", "head_dim"), (8, 6, 3, 4), P(("data", "fsdp"), None, None, None)),
+        (("batch", "seq", "embed"), (8, 6, 5), P(("data", "fsdp", "expert"), None, None)),
+        (("batch", "seq_residual", "embed"), (8, 6, 5), P(("data", "fsdp", "expert"), "tensor", None)),
+        (("batch", "seq_residual", "embed"), (8, 1, 5), P(("data", "fsdp", "expert"), None, None)),
+        (("batch", "seq", "mlp"), (8, 6, 4), P(("data", "fsdp", "expert"), None, "tensor")),
+        (("batch", "seq", "kv_heads", "head_dim"), (8, 6, 3, 4), P(("data", "fsdp", "expert"), None, None, None)),
     ],
 )
 def test_activations_follow_their_table(axes, shape, expected):
@@ -55,7 +55,7 @@ def test_activations_follow_their_table(axes, shape, expected):
 
 
 def test_both_tables_know_the_same_axes_of_the_mesh():
-    known = {"data", "fsdp", "tensor", None}
+    known = {"data", "fsdp", "expert", "tensor", None}
     for rules in (PARAMETER_RULES, ACTIVATION_RULES):
         for rule in rules.values():
             assert set(rule if isinstance(rule, tuple) else (rule,)) <= known
@@ -101,7 +101,7 @@ def test_rows_are_contiguous_over_the_batch_axes():
 def test_the_report_tells_what_a_device_holds():
     mesh = mesh_of(2, 2, 2)
     tree = {
-        "a": jax.device_put(jnp.zeros((4, 6), jnp.float32), jax.NamedSharding(mesh, P("fsdp", "tensor"))),
+        "a": jax.device_put(jnp.zeros((4, 6), jnp.float32), jax.NamedSharding(mesh, P(("fsdp", "expert"), "tensor"))),
         "b": jax.ShapeDtypeStruct((3,), jnp.int32, sharding=sharding.replicated(mesh)),
     }
     one, two = leaf_report(tree)

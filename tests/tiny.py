@@ -38,9 +38,10 @@ def with_changes(config: DecoderConfig, **changes: Any) -> DecoderConfig:
     return dataclasses.replace(config, **changes)
 
 
-def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+def mesh_of(data: int, fsdp: int, tensor: int, expert: int = 1) -> Mesh:
     """A mesh of as many of the eight devices as it needs."""
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+    config = MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+    return make_mesh(config, jax.devices()[: data * fsdp * expert * tensor])
 
 
 def blueprint_of(config: DecoderConfig, mesh: Mesh, optimizer: OptimizerConfig = OPTIMIZER) -> Blueprint:

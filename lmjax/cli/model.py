@@ -18,7 +18,7 @@ ModelArgument = Annotated[
     ),
 ]
 
-WHOLE_MACHINE = ("mesh.data=1", "mesh.fsdp=-1", "mesh.tensor=1")
+WHOLE_MACHINE = ("mesh.data=1", "mesh.fsdp=-1", "mesh.expert=1", "mesh.tensor=1")
 """The mesh of a run may not exist here; this one does with any number of devices."""
 
 

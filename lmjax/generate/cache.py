@@ -19,7 +19,7 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype,
     A layer with a window has slots for the window and the ``part`` tokens that are written at once, if those are fewer.
 
     A list over segments of tuples over the segment's pattern; each array is (repeats, batch, kv_heads, slots, head_dim)
-    in ``dtype``, sharded by batch over (data, fsdp) and by kv_heads over ``tensor`` where that divides them.
+    in ``dtype``, sharded by batch over data, fsdp and expert, and by kv_heads over ``tensor`` where that divides them.
     """
 
     def zeros(repeats: int, kind: AttentionKind):

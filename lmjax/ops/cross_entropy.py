@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from lmjax.mesh import AXES, BATCH_AXES
+from lmjax.mesh import AXES, BATCH_AXES, FSDP_AXES
 from lmjax.ops.logits import logits
 
-_TABLE = P("tensor", "fsdp")
+_TABLE = P("tensor", FSDP_AXES)
 _BIAS = P("tensor")
 _TOKENS = P(BATCH_AXES, None)
 
@@ -57,10 +57,11 @@ def linear_cross_entropy(
     """Weighted sums of -log softmax(logits)[target]; logits = x table^T + bias in float32, capped by ``softcap``
     (``lmjax.ops.logits``). Table rows from vocab_size on are padding.
 
-    ``x`` is sharded as the residual stream (by sequence over ``tensor``, or not), ``table`` P(tensor, fsdp), ``bias``
-    P(tensor). Targets and weights are data. Where a gradient is asked for, it is computed together with the value, so
-    that three matrix products a chunk do for both (Liger, arXiv 2410.10989 section 3.2); the gradient of the table is
-    summed over chunks in float32 on each device and over devices once. Without a gradient, this is one product a chunk.
+    ``x`` is sharded as the residual stream (by sequence over ``tensor``, or not), ``table`` P(tensor, FSDP_AXES),
+    ``bias`` P(tensor). Targets and weights are data. Where a gradient is asked for, it is computed together with the
+    value, so that three matrix products a chunk do for both (Liger, arXiv 2410.10989 section 3.2); the gradient of the
+    table is summed over chunks in float32 on each device and over devices once. Without a gradient, this is one product
+    a chunk.
     """
     weights_BT = jax.lax.stop_gradient(weights_BT)
     return _loss(_Static(options, vocab_size, softcap), x_BTD, table_VD, bias_V, targets_BT, weights_BT)
@@ -143,7 +144,7 @@ def _token_losses(static: _Static, x_BTD, table_VD, bias_V, targets_BT) -> tuple
 
     def local(x_BTD, table_VD, bias_V, targets_BT):
         chunks = _Chunks(x_BTD.shape, x_spec, static.options.chunk_tokens)
-        table_VD = jax.lax.all_gather(table_VD.astype(x_BTD.dtype), "fsdp", axis=1, tiled=True)
+        table_VD = jax.lax.all_gather(table_VD.astype(x_BTD.dtype), FSDP_AXES, axis=1, tiled=True)
 
         def body(_, chunk):
             x_CD, targets_C = chunk
@@ -164,7 +165,7 @@ def _token_losses_and_gradients(static: _Static, x_BTD, table_VD, bias_V, target
 
     def local(x_BTD, table_VD, bias_V, targets_BT, weights_BT):
         chunks = _Chunks(x_BTD.shape, x_spec, static.options.chunk_tokens)
-        table_VD = jax.lax.all_gather(table_VD.astype(x_BTD.dtype), "fsdp", axis=1, tiled=True)
+        table_VD = jax.lax.all_gather(table_VD.astype(x_BTD.dtype), FSDP_AXES, axis=1, tiled=True)
 
         def body(sums, chunk):
             dtable_VD, dbias_V = sums
@@ -189,7 +190,7 @@ def _token_losses_and_gradients(static: _Static, x_BTD, table_VD, bias_V, target
         zeros = jax.lax.pcast(zeros if bias_V is not None else (zeros[0], None), AXES, to="varying")
         rows = (chunks.split_local(x_BTD), chunks.split_whole(targets_BT), chunks.split_whole(weights_BT))
         (dtable_VD, dbias_V), (nll, lse, dx) = jax.lax.scan(body, zeros, rows)
-        dtable_VD = jax.lax.psum_scatter(dtable_VD, "fsdp", scatter_dimension=1, tiled=True)
+        dtable_VD = jax.lax.psum_scatter(dtable_VD, FSDP_AXES, scatter_dimension=1, tiled=True)
         dtable_VD = jax.lax.psum(dtable_VD, "data")
         dbias_V = None if dbias_V is None else jax.lax.psum(dbias_V, BATCH_AXES)
         return chunks.join_whole(nll), chunks.join_whole(lse), chunks.join_local(dx), dtable_VD, dbias_V

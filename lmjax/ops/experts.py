@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from lmjax.mesh import BATCH_AXES
+from lmjax.mesh import BATCH_AXES, FSDP_AXES
 from lmjax.ops.expert_dispatch import capacity_of, dropless, from_experts, to_experts, with_capacity
 from lmjax.ops.grouped_matmul import grouped_matmul, varying_together
-from lmjax.ops.routing import RouterOptions, RouterSums, route, router_sums
+from lmjax.ops.routing import RouterOptions, RouterSums, Routing, route, router_sums
 from lmjax.sharding import activation_spec, parameter_spec
 
 
@@ -31,9 +31,9 @@ class ExpertParams(NamedTuple):
 EXPERT_AXES: Mapping[str, tuple[str, ...]] = {
     "router": ("embed", "router_experts"),
     "choice_bias": ("router_experts",),
-    "gate": ("experts", "embed", "expert_mlp"),
-    "up": ("experts", "embed", "expert_mlp"),
-    "down": ("experts", "expert_mlp", "embed"),
+    "gate": ("experts", "expert_embed", "expert_mlp"),
+    "up": ("experts", "expert_embed", "expert_mlp"),
+    "down": ("experts", "expert_mlp", "expert_embed"),
 }
 """The logical axes of every parameter."""
 
@@ -81,19 +81,9 @@ def expert_mlp(
         x_BTD, valid_BT = varying_together(x_BTD, valid_BT)
         logits_BTE = _router_logits(x_BTD, params.router, options, keys_B)
         routing = route(logits_BTE, params.choice_bias, options.router)
-        num_experts = options.router.num_experts
-        if options.capacity_factor is None:
-            dispatch = dropless(routing.experts, valid_BT, num_experts)
-        else:
-            capacity = capacity_of(
-                x_BTD.shape[1], num_experts, options.router.experts_per_token, options.capacity_factor
-            )
-            dispatch = with_capacity(routing.experts, valid_BT, num_experts, capacity)
-        sums = router_sums(logits_BTE, routing, dispatch.kept, valid_BT, options.router, BATCH_AXES)
-        rows_MD = to_experts(x_BTD.reshape(-1, x_BTD.shape[2]), dispatch)
-        rows_MD = _experts(rows_MD, dispatch.sizes, params, options)
-        weights_NK = routing.weights.reshape(dispatch.row_of_choice.shape)
-        y_BTD = from_experts(rows_MD, weights_NK, dispatch).reshape(x_BTD.shape)
+        exchange = _gathered if options.capacity_factor is None else _exchanged
+        y_BTD, kept_BTK = exchange(x_BTD, routing, valid_BT, params, options)
+        sums = router_sums(logits_BTE, routing, kept_BTK, valid_BT, options.router, BATCH_AXES)
         if y_spec[1] is None:
             return jax.lax.psum(y_BTD, "tensor"), sums
         return jax.lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True), sums
@@ -111,22 +101,64 @@ def _router_logits(x_BTD, router_DE, options: ExpertOptions, keys_B) -> Float[Ar
     if options.jitter and keys_B is not None:
         draw = lambda key: jax.random.uniform(key, x_BTD.shape[1:], minval=-options.jitter, maxval=options.jitter)  # noqa: E731
         x_BTD = x_BTD * (1 + jax.vmap(draw)(keys_B))
-    router_DE = jax.lax.all_gather(router_DE, "fsdp", axis=0, tiled=True)
+    router_DE = jax.lax.all_gather(router_DE, FSDP_AXES, axis=0, tiled=True)
     return jnp.einsum("btd,de->bte", x_BTD, router_DE, precision=jax.lax.Precision.HIGHEST)
 
 
-def _experts(rows_MD, sizes_E, params: ExpertParams, options: ExpertOptions) -> Float[Array, "rows embed"]:
-    """Each row through its expert; over ``tensor``, the sum of all devices' results is the result."""
+def _gathered(x_BTD, routing: Routing, valid_BT, params: ExpertParams, options: ExpertOptions):
+    """Nothing dropped: each device along ``expert`` sees the tokens of all and adds what its experts make of them.
+
+    Its rows are as many as these tokens could have choices there; what is not used of them is not multiplied.
+    """
+    num_here = params.up.shape[0]
+    first = jax.lax.axis_index("expert") * num_here
+    weights_NK, experts_NK = (array.reshape(-1, array.shape[2]) for array in (routing.weights, routing.experts))
+    mine = (x_BTD.reshape(-1, x_BTD.shape[2]), weights_NK, experts_NK, valid_BT.reshape(-1))
+    x_ND, weights_NK, experts_NK, valid_N = (jax.lax.all_gather(array, "expert", tiled=True) for array in mine)
+    is_here_NK = (experts_NK >= first) & (experts_NK < first + num_here)
+    here_NK = jnp.where(is_here_NK, experts_NK - first, num_here)
+    dispatch = dropless(here_NK[None], valid_N[None], num_here)
+    most = x_ND.shape[0] * min(num_here, experts_NK.shape[1])
+    dispatch = dispatch._replace(choice_of_row=dispatch.choice_of_row[:most])
+    rows_MD = _experts(to_experts(x_ND, dispatch), dispatch.sizes, params, options)
+    y_ND = jax.lax.psum_scatter(from_experts(rows_MD, weights_NK, dispatch), "expert", tiled=True)
+    return y_ND.reshape(x_BTD.shape), None
+
+
+def _exchanged(x_BTD, routing: Routing, valid_BT, params: ExpertParams, options: ExpertOptions):
+    """With capacity: each device along ``expert`` sends each other one the slots of its experts, and gets them back."""
+    router, factor = options.router, options.capacity_factor
+    assert factor is not None
+    capacity = capacity_of(x_BTD.shape[1], router.num_experts, router.experts_per_token, factor)
+    dispatch = with_capacity(routing.experts, valid_BT, router.num_experts, capacity)
+    rows_EMD = to_experts(x_BTD.reshape(-1, x_BTD.shape[2]), dispatch).reshape(router.num_experts, -1, x_BTD.shape[2])
+    rows_EMD = jax.lax.all_to_all(rows_EMD, "expert", 0, 1, tiled=True)
+    rows_EMD = _experts(rows_EMD, None, params, options)
+    rows_EMD = jax.lax.all_to_all(rows_EMD, "expert", 1, 0, tiled=True)
+    weights_NK = routing.weights.reshape(dispatch.row_of_choice.shape)
+    y_ND = from_experts(rows_EMD.reshape(-1, x_BTD.shape[2]), weights_NK, dispatch)
+    return y_ND.reshape(x_BTD.shape), dispatch.kept
+
+
+def _experts(rows, sizes_E, params: ExpertParams, options: ExpertOptions) -> jax.Array:
+    """Each row through its expert; over ``tensor``, the sum of all devices' results is the result.
+
+    ``rows`` are (experts, rows, embed) where all experts have as many, or (rows, embed) of which each has some.
+    """
 
     def product(rows, w, axis: int, name: str | None) -> jax.Array:
         w = w if options.reduce_f32 else w.astype(rows.dtype)
         w = jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True).astype(rows.dtype)
-        result = options.tag(grouped_matmul(rows, w, sizes_E, options.platform), "projection")
+        if sizes_E is None:
+            result = jnp.einsum("emd,edf->emf", rows, w)
+        else:
+            result = grouped_matmul(rows, w, sizes_E, options.platform)
+        result = options.tag(result, "projection")
         return result if name is None else options.tag(result, name)
 
-    hidden_MF = product(rows_MD, params.up, 1, "mlp_up")
+    hidden = product(rows, params.up, 1, "mlp_up")
     if params.gate is None:
-        hidden_MF = options.activation(hidden_MF)
+        hidden = options.activation(hidden)
     else:
-        hidden_MF = options.activation(product(rows_MD, params.gate, 1, "mlp_gate")) * hidden_MF
-    return product(options.tag(hidden_MF, "mlp_hidden"), params.down, 2, None)
+        hidden = options.activation(product(rows, params.gate, 1, "mlp_gate")) * hidden
+    return product(options.tag(hidden, "mlp_hidden"), params.down, 2, None)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from lmjax.mesh import BATCH_AXES
+from lmjax.mesh import BATCH_AXES, FSDP_AXES
 from lmjax.sharding import activation_spec
 
-_TABLE = P("tensor", "fsdp")
+_TABLE = P("tensor", FSDP_AXES)
 _TOKENS = P(BATCH_AXES, None)
 
 
@@ -23,13 +23,13 @@ def lookup(
 ) -> Float[Array, "batch seq embed"]:
     """``table[tokens]`` in ``dtype``, sharded as the residual stream: by sequence over ``tensor`` where that divides.
 
-    ``table`` is sharded P(tensor, fsdp). Each device looks up the tokens whose rows it holds, and the sum over
+    ``table`` is sharded P(tensor, FSDP_AXES). Each device looks up the tokens whose rows it holds, and the sum over
     ``tensor`` has them all. The gradient is summed in float32: a frequent token is met thousands of times in a batch.
     """
     out_spec = _residual_spec(table_VD, tokens_BT)
 
     def local(table_VD, tokens_BT):
-        table_VD = jax.lax.all_gather(table_VD.astype(dtype), "fsdp", axis=1, tiled=True)
+        table_VD = jax.lax.all_gather(table_VD.astype(dtype), FSDP_AXES, axis=1, tiled=True)
         rows_BT, held_BT = _rows_held(tokens_BT, table_VD.shape[0])
         x_BTD = jnp.where(held_BT[..., None], table_VD[jnp.where(held_BT, rows_BT, 0)], 0)
         if out_spec[1] is None:
@@ -55,7 +55,7 @@ def _backward(dtype, residuals, dx_BTD):
         rows_BT = jnp.where(held_BT, rows_BT, num_rows)  # beyond the table: dropped
         table_VD = jnp.zeros((num_rows, dx_BTD.shape[2]), jnp.float32)
         table_VD = table_VD.at[rows_BT].add(dx_BTD.astype(jnp.float32), mode="drop")
-        return jax.lax.psum_scatter(jax.lax.psum(table_VD, "data"), "fsdp", scatter_dimension=1, tiled=True)
+        return jax.lax.psum_scatter(jax.lax.psum(table_VD, "data"), FSDP_AXES, scatter_dimension=1, tiled=True)
 
     dtable_VD = jax.shard_map(local, in_specs=(dx_spec, _TOKENS), out_specs=_TABLE)(dx_BTD, tokens_BT)
     return dtable_VD.astype(table_VD.dtype), None

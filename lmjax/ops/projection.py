@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from lmjax.mesh import FSDP_AXES
+
 
 def project(
     equation: str,
@@ -56,10 +58,10 @@ _project.defvjp(_forward, _backward)
 
 
 def _gathered(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``w`` in ``dtype``, whole over fsdp.
+    """``w`` in ``dtype``, whole over fsdp and expert.
 
     Left to itself, the TPU compiler multiplies with the part of one device after that of another and adds the results
     up in ``dtype``: more rounding, and twice the time of the one product.
     """
     spec = jax.typeof(w).sharding.spec
-    return jax.sharding.reshard(w.astype(dtype), PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
+    return jax.sharding.reshard(w.astype(dtype), PartitionSpec(*(None if axis == FSDP_AXES else axis for axis in spec)))

@@ -102,7 +102,7 @@ def compile_step(blueprint: Blueprint, execution: Execution, options: LossOption
             raise InputError(
                 f"the step does not fit the memory of a {mesh.devices.flat[0].device_kind} on mesh {dict(mesh.shape)}: "
                 f"{_sizes(error)} Lower train.global_batch_size, raise train.accumulation, keep less (train.remat), or "
-                "shard further (mesh.fsdp, mesh.tensor)."
+                "shard further (mesh.fsdp, mesh.expert, mesh.tensor)."
             ) from error
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()

@@ -18,7 +18,7 @@ from lmjax.data.remote import local_dataset
 from lmjax.data.shards import verify_shards
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from lmjax.errors import InputError
-from lmjax.mesh import MeshConfig, batch_shards, make_mesh
+from lmjax.mesh import BATCH_AXES, MeshConfig, batch_shards, make_mesh
 from lmjax.models.decoder import DecoderConfig, Execution
 from lmjax.ops.attention import Choice, choose_kernel
 from lmjax.ops.cross_entropy import LossOptions
@@ -78,7 +78,7 @@ def make_program(job: Job, mesh: Mesh | None = None) -> Program:
     mesh = make_mesh(job.mesh) if mesh is None else mesh
     platform = mesh.devices.flat[0].platform
     check_shapes(job, mesh)
-    check_routing(job)
+    check_routing(job, mesh)
     check_steps(job)
     return Program(
         mesh=mesh,
@@ -109,10 +109,15 @@ def choose_kernels(job: Job, platform: str) -> dict[str, Choice]:
     }
 
 
-def check_routing(job: Job) -> None:
-    """Raises InputError where rows or micro-batches do not fit the model's experts."""
+def check_routing(job: Job, mesh: Mesh) -> None:
+    """Raises InputError where the mesh, rows or micro-batches do not fit the model's experts."""
     moe = job.model.moe
     if moe is None:
+        if mesh.shape["expert"] > 1:
+            raise InputError(
+                f"mesh.expert is {mesh.shape['expert']} and the model has no experts (model.moe). Set mesh.expert=1, "
+                "and mesh.fsdp higher."
+            )
         return
     if moe.balance_over == "batch" and job.train.accumulation > 1:
         raise InputError(
@@ -133,10 +138,11 @@ def check_shapes(job: Job, mesh: Mesh) -> None:
     """Raises InputError, with the arithmetic, where rows do not fit the mesh or the model."""
     rows, shards = job.train.global_batch_size // job.train.accumulation, batch_shards(mesh.shape)
     if rows % shards:
+        product = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
         raise InputError(
             f"train.global_batch_size {job.train.global_batch_size} / train.accumulation {job.train.accumulation} = "
-            f"{rows} rows a micro-batch, which do not divide over data {mesh.shape['data']} x fsdp "
-            f"{mesh.shape['fsdp']} = {shards} devices: {rows} mod {shards} = {rows % shards}. Choose a batch size that "
+            f"{rows} rows a micro-batch, which do not divide over "
+            f"{product} = {shards} devices: {rows} mod {shards} = {rows % shards}. Choose a batch size that "
             f"is a multiple of {shards * job.train.accumulation}, or another mesh."
         )
     if job.data.sequence_length > job.model.max_length:

@@ -252,7 +252,7 @@ def our_logits(reading: Reading, rows: list[np.ndarray]) -> list[np.ndarray]:
     def logits(params, tokens, positions, segments):
         decoder = nnx.merge(reading.graphdef, params)
         hidden = whole_sequences(decoder.hidden(tokens, positions, segments, tiny.FLOAT32))
-        return decoder.logits(hidden, jax.P(("data", "fsdp"), None, "tensor"))
+        return decoder.logits(hidden, jax.P(("data", "fsdp", "expert"), None, "tensor"))
 
     with jax.set_mesh(reading.mesh):
         arrays = tiny.by_rows(reading.mesh, batch.tokens, batch.positions, batch.segment_ids)

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.generate.case import CONFIG, Uncached, parameters
 
 P = jax.sharding.PartitionSpec
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp", "expert")
 LENGTHS = np.array([7, 3, 32, 1, 30, 17, 8, 9], np.int32)
 COLUMNS = 32
 NEW = 12

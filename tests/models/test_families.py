@@ -13,11 +13,11 @@ from tests import tiny
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.models.families import alibi, gemma, gpt, llama  # noqa: E402
+from tests.models.families import alibi, gemma, gpt, llama, moe  # noqa: E402
 from tests.models.families.family import Family  # noqa: E402
 from tests.models.families.names import state_dict  # noqa: E402
 
-FAMILIES = llama.FAMILIES | gemma.FAMILIES | gpt.FAMILIES | alibi.FAMILIES
+FAMILIES = llama.FAMILIES | gemma.FAMILIES | gpt.FAMILIES | alibi.FAMILIES | moe.FAMILIES
 GRID = [
     pytest.param(name, changes, id=f"{name}, {case}")
     for name, family in FAMILIES.items()
@@ -25,6 +25,8 @@ GRID = [
 ]
 TOLERANCE = 1e-4
 NOTICEABLE = 5 * TOLERANCE
+SEPARATED = 1e-4
+"""Of a router's logits: many times what the two round differently."""
 
 
 def random_params(blueprint: Blueprint, rng: np.random.Generator):
@@ -46,6 +48,31 @@ def theirs(model, tensors: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndar
         return model.eval()(torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
 
 
+def router_gap(model, tokens: np.ndarray, num_chosen: int) -> float:
+    """The smallest difference of a token's last chosen logit and the first one that is not, of all routers."""
+    with torch.no_grad():
+        found = model(torch.from_numpy(tokens).long(), use_cache=False, output_router_logits=True).router_logits
+    ordered = torch.cat(found).sort(descending=True).values
+    if ordered.shape[1] == num_chosen:
+        return float("inf")
+    return (ordered[:, num_chosen - 1] - ordered[:, num_chosen]).min().item()
+
+
+def drawn(family: Family, blueprint: Blueprint, rows: int, length: int, rng: np.random.Generator):
+    """Parameters, tokens, transformers' tensors and its logits; where there are routers, such that no rounding changes
+    what they choose."""
+    config = blueprint.config
+    for _ in range(5):
+        params = random_params(blueprint, rng)
+        tokens = rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+        tensors = state_dict(config, params, family.names)
+        model = family.model(config)
+        expected = theirs(model, tensors, tokens)
+        if config.moe is None or router_gap(model, tokens, config.moe.experts_per_token) > SEPARATED:
+            return params, tokens, tensors, expected
+    raise AssertionError("routers of all draws have two logits that are nearly equal")
+
+
 def ours(blueprint: Blueprint, params, tokens: np.ndarray) -> np.ndarray:
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 
@@ -53,7 +80,7 @@ def ours(blueprint: Blueprint, params, tokens: np.ndarray) -> np.ndarray:
     def logits(params, tokens, positions):
         decoder = blueprint.decoder(params)
         hidden = whole_sequences(decoder.hidden(tokens, positions, None, tiny.FLOAT32))
-        return decoder.logits(hidden, jax.P(("data", "fsdp"), None, "tensor"))
+        return decoder.logits(hidden, jax.P(("data", "fsdp", "expert"), None, "tensor"))
 
     with jax.set_mesh(blueprint.mesh):
         placed = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, blueprint.state.params)
@@ -69,10 +96,7 @@ def assert_equal_logits(family: Family, changes: dict[str, Any], rng: np.random.
     """Also that the comparison notices a tensor that is wrong, and a switch."""
     config = tiny.with_changes(family.config, **changes)
     blueprint = tiny.blueprint_of(config, tiny.mesh_of(1, 1, 1))
-    params = random_params(blueprint, rng)
-    tokens = rng.integers(0, config.vocab_size, (2, family.length)).astype(np.int32)
-    tensors = state_dict(config, params, family.names)
-    expected = theirs(family.model(config), tensors, tokens)
+    params, tokens, tensors, expected = drawn(family, blueprint, 2, family.length, rng)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(ours(blueprint, params, tokens), expected, rtol=0, atol=TOLERANCE)
     name = next(name for name in tensors if name.endswith(family.perturbed))
@@ -100,9 +124,30 @@ def test_logits_are_the_same_on_a_mesh(name, rng):
     """Heads, biases, slopes and norms of all heads are split over devices, and the sequence between the blocks."""
     family = FAMILIES[name]
     blueprint = tiny.blueprint_of(family.config, tiny.mesh_of(2, 2, 2))
-    params = random_params(blueprint, rng)
-    tokens = rng.integers(0, family.config.vocab_size, (4, 14)).astype(np.int32)
-    expected = theirs(family.model(family.config), state_dict(family.config, params, family.names), tokens)
+    params, tokens, _, expected = drawn(family, blueprint, 4, 14, rng)
     found = ours(blueprint, params, tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
     assert difference(found, expected[::-1]) > NOTICEABLE
+
+
+def test_mixtral_with_one_expert_is_llama(rng):
+    """The router has no say: its one expert has the weight 1, and is the MLP."""
+    config = tiny.with_changes(llama.FAMILIES["llama"].config, num_kv_heads=2)
+    blueprint = tiny.blueprint_of(config, tiny.mesh_of(1, 1, 1))
+    dense = random_params(blueprint, rng)
+    tokens = rng.integers(0, config.vocab_size, (2, 13)).astype(np.int32)
+    block = dict(dense["segments"][0]["blocks"][0])
+    mlp = block.pop("mlp")
+    block["moe"] = {name: {"kernel": part["kernel"][:, None]} for name, part in mlp.items()}
+    router = rng.standard_normal((config.num_layers, config.embed_dim, 1)).astype(np.float32)
+    block["moe"]["router"] = {"matrix": router}
+    params = dense | {"segments": {0: {"blocks": {0: block}}}}
+    config = tiny.with_changes(config, moe=moe.experts(1, 1))
+    sparse = tiny.blueprint_of(config, tiny.mesh_of(1, 1, 1))
+    expected, found = ours(blueprint, dense, tokens), ours(sparse, params, tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    mixtral = moe.FAMILIES["mixtral"]
+    their_logits = theirs(mixtral.model(config), state_dict(config, params, mixtral.names), tokens)
+    np.testing.assert_allclose(their_logits, expected, rtol=0, atol=TOLERANCE)
+    block["moe"]["up"]["kernel"] = 1.01 * block["moe"]["up"]["kernel"]
+    assert difference(ours(sparse, params, tokens), expected) > NOTICEABLE

@@ -11,9 +11,17 @@ import pytest
 from lmjax.errors import InputError
 from lmjax.nn.moe import MoE, MoEConfig, moved_bias
 from tests.nn.modules import as_function, on_mesh
-from tests.tiny import FLOAT32, MESHES, by_rows, mesh_of
+from tests.tiny import FLOAT32, by_rows, mesh_of
 
 B, T, D, F, E = 8, 6, 8, 16, 4
+EXPERT_MESHES = [
+    (1, 2, 2, 2),
+    *(
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in [(2, 1, 1, 4), (2, 2, 2, 1), (1, 1, 4, 2), (2, 2, 1, 2)]
+    ),
+]
+"""Sizes of data, fsdp, tensor and expert."""
 SWITCH = {"experts_per_token": 1, "renormalize": False}
 CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {"experts_per_token": 2},
@@ -141,7 +149,7 @@ def test_the_layer_is_a_loop_over_all_experts(x, valid, name, capacity_factor):
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", EXPERT_MESHES)
 def test_every_mesh_gives_one_answer(x, valid, sizes, capacity_factor):
     moe = make(**CONFIGS["shared expert"], capacity_factor=capacity_factor)
     found = value_and_gradients(ours, moe, mesh_of(*sizes), x, valid)

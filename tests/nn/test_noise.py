@@ -8,7 +8,7 @@ from lmjax.nn.noise import Noise
 from tests.tiny import mesh_of
 
 ROWS, LENGTH, EMBED, RATE = 8, 16, 32, 0.3
-RESIDUAL = P(("data", "fsdp"), "tensor", None)
+RESIDUAL = P(("data", "fsdp", "expert"), "tensor", None)
 
 
 def keys_of(seed: int) -> jax.Array:
@@ -21,7 +21,7 @@ def dropped(x: np.ndarray, mesh=None, *, seed: int = 0, place: int = 0, rows: sl
     keys = jax.random.key_data(keys_of(seed))[rows]
     with jax.set_mesh(mesh):
         placed = jax.device_put(x[rows], jax.NamedSharding(mesh, RESIDUAL))
-        by_row = jax.device_put(keys, jax.NamedSharding(mesh, P(("data", "fsdp"))))
+        by_row = jax.device_put(keys, jax.NamedSharding(mesh, P(("data", "fsdp", "expert"))))
 
         @jax.jit
         def run(x, keys, place):

@@ -8,7 +8,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp", "expert")
 
 
 def run_on(mesh: Mesh, function: Callable[..., Any], *inputs: tuple[np.ndarray, PartitionSpec]) -> Any:

@@ -8,7 +8,7 @@ from lmjax.ops.cross_entropy import LossOptions, linear_cross_entropy, naive_cro
 from tests.ops.sharded import BATCH, assert_trees_close, count, run_on, shapes
 
 BATCH_SIZE, LENGTH, EMBED, VOCAB, ROWS = 8, 16, 16, 100, 128
-TABLE, TOKENS, BIAS = P("tensor", "fsdp"), P(BATCH), P("tensor")
+TABLE, TOKENS, BIAS = P("tensor", ("fsdp", "expert")), P(BATCH), P("tensor")
 SOFTCAP = 5.0
 OPTIONS = LossOptions(z_loss=1e-2, chunk_tokens=24)  # divides neither the tokens of a device nor those of a row
 

@@ -8,7 +8,7 @@ from lmjax.ops.lookup import lookup
 from tests.ops.sharded import BATCH, run_on
 
 VOCAB, EMBED = 64, 16
-TABLE, TOKENS = P("tensor", "fsdp"), P(BATCH)
+TABLE, TOKENS = P("tensor", ("fsdp", "expert")), P(BATCH)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from lmjax.ops.projection import project
 from tests.ops.sharded import BATCH, assert_trees_close, run_on
 
-IN_SPEC, OUT_SPEC = P("fsdp", "tensor"), P("tensor", None, "fsdp")
+IN_SPEC, OUT_SPEC = P(("fsdp", "expert"), "tensor"), P("tensor", None, ("fsdp", "expert"))
 RESIDUAL, WHOLE = P(BATCH, "tensor", None), P(BATCH, None, None)
 
 
@@ -37,7 +37,7 @@ def test_into_the_heads_and_back_is_two_einsums(mesh, rng, reduce_f32):
     expected = with_gradients(plain)(dy, x, w_in, w_out)
     assert_trees_close(found, expected, 1e-6)
     specs = [array.sharding.spec for array in found]
-    assert specs == [RESIDUAL, RESIDUAL, P("fsdp", "tensor", None), OUT_SPEC]
+    assert specs == [RESIDUAL, RESIDUAL, P(("fsdp", "expert"), "tensor", None), OUT_SPEC]
     with pytest.raises(AssertionError):
         assert_trees_close(found, with_gradients(plain)(dy, x, w_in, w_out[::-1]), 1e-6)
 
@@ -51,6 +51,6 @@ def test_gradient_of_bfloat16_is_float32_only_if_asked(one_device, reduce_f32, e
             w
         )
 
-    found = run_on(one_device, gradient, (x, WHOLE), (w, P("fsdp", "tensor")))
+    found = run_on(one_device, gradient, (x, WHOLE), (w, P(("fsdp", "expert"), "tensor")))
     assert found.dtype == jnp.float32
     assert float(found[0, 0]) == expected

@@ -46,10 +46,10 @@ def compiled(num_kv_heads: int):
             return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
 
         parameters = {
-            "table": shape(P("tensor", "fsdp"), VOCAB, EMBED),
-            "query": shape(P("fsdp", "tensor"), EMBED, HEADS, HEAD_DIM),
-            "key": shape(P("fsdp", kv_heads), EMBED, num_kv_heads, HEAD_DIM),
-            "out": shape(P("tensor", None, "fsdp"), HEADS, HEAD_DIM, EMBED),
+            "table": shape(P("tensor", ("fsdp", "expert")), VOCAB, EMBED),
+            "query": shape(P(("fsdp", "expert"), "tensor"), EMBED, HEADS, HEAD_DIM),
+            "key": shape(P(("fsdp", "expert"), kv_heads), EMBED, num_kv_heads, HEAD_DIM),
+            "out": shape(P("tensor", None, ("fsdp", "expert")), HEADS, HEAD_DIM, EMBED),
         }
         rows = shape(P(BATCH), ROWS, LENGTH, dtype=jnp.int32)
         traced = jax.jit(jax.value_and_grad(loss)).trace(parameters, rows, rows)

@@ -75,7 +75,7 @@ def test_a_step_that_does_not_fit_is_refused_with_the_sizes():
 def test_a_topology_has_its_devices():
     assert len(topology_devices("v5p:4x4x4")) == 64
     mesh = topology_mesh(MeshConfig(fsdp=-1, tensor=4), "v5p:4x4x4")
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 16, "tensor": 4}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 16, "expert": 1, "tensor": 4}
     assert {device.platform for device in mesh.devices.flat} == {"tpu"}
 
 

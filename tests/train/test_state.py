@@ -76,7 +76,7 @@ def test_moments_are_sharded_as_their_parameters():
     for moments in (adam.mu, adam.nu):
         assert jax.tree.map(lambda leaf: leaf.sharding.spec, moments) == params
     kernel = params["segments"][0]["blocks"][0]["attention"]["query"]["kernel"]
-    assert kernel == jax.P(None, "fsdp", "tensor", None)
+    assert kernel == jax.P(None, ("fsdp", "expert"), "tensor", None)
 
 
 @pytest.mark.fast

@@ -104,7 +104,7 @@ def test_embeddings_are_dropped_and_every_branch_of_every_layer_by_a_pattern_of_
 
     @jax.jit
     def hidden(params, keys):
-        ones = jax.sharding.reshard(jnp.ones(shape, jnp.int32), jax.P(("data", "fsdp")))
+        ones = jax.sharding.reshard(jnp.ones(shape, jnp.int32), jax.P(("data", "fsdp", "expert")))
         return blueprint.decoder(params).hidden(ones, ones, ones, FLOAT32, noise_keys_B=keys)
 
     def counts(*ones: tuple[str, ...]) -> np.ndarray:
