@@ -147,7 +147,10 @@ def test_the_step_of_a_model_lowers_on_a_mesh(file):
     tensor = math.gcd(2, model.num_heads)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4 // tensor, tensor=tensor))
     program = lowered(model, TrainConfig(steps=1, global_batch_size=8), 256, mesh)
-    assert f"{model.embed_dim}x{model.mlp_dim}xbf16>" in program
+    matrices = f"{model.embed_dim}x{model.mlp_dim}"
+    if model.moe is not None:  # the experts of each device, with its part of their width
+        matrices = f"{model.moe.num_experts}x{model.embed_dim}x{model.expert_dim // tensor}"
+    assert f"{matrices}xbf16>" in program
 
 
 def test_the_files_were_found():

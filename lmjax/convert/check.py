@@ -1,5 +1,6 @@
 """Two models compared, parameter by parameter and layer by layer, without either being whole in memory."""
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -10,7 +11,8 @@ from lmjax.models.config import DecoderConfig
 from lmjax.models.shapes import parameter_shapes
 
 BLOCK_BYTES = 1 << 26
-"""Of a table that is compared at once."""
+"""Of a table, or of the experts of a block, that is compared at once."""
+EXPERTS = re.compile(r"segments/.*/moe/(gate|up|down)/kernel")
 
 
 class Parameters(Protocol):
@@ -52,7 +54,7 @@ def compare(one: Parameters, other: Parameters, config: DecoderConfig) -> Iterat
 
 
 def joined(differences: Iterator[Difference]) -> Iterator[Difference]:
-    """With the blocks of one table as one."""
+    """With the blocks of one table, or of one layer's experts, as one."""
     held: Difference | None = None
     for found in differences:
         if held is not None and held.name == found.name:
@@ -75,6 +77,11 @@ def _real_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _slices(path: str, shape: tuple[int, ...]) -> Iterator[Index]:
+    if EXPERTS.fullmatch(path):
+        step = max(1, BLOCK_BYTES // (4 * int(np.prod(shape[2:]))))
+        for layer in range(shape[0]):
+            yield from ((layer, slice(start, min(start + step, shape[1]))) for start in range(0, shape[1], step))
+        return
     if path.startswith("segments/"):
         yield from ((layer,) for layer in range(shape[0]))
         return

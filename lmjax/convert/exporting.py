@@ -18,7 +18,7 @@ from lmjax.convert.card import Training, model_card
 from lmjax.convert.casting import cast_into
 from lmjax.convert.families import FAMILIES
 from lmjax.convert.importing import EXTRA_FILE, copy_files, read_extras
-from lmjax.convert.layouts import Table
+from lmjax.convert.layouts import Experts, Table
 from lmjax.convert.output import new_directory
 from lmjax.convert.pieces import Piece, Slice, pieces
 from lmjax.convert.resemblance import choose_family, is_unchanged
@@ -45,6 +45,36 @@ class Parameters(Protocol):
         """Values of the parameter at a path such as ``segments/0/blocks/0/mlp/up/kernel``: float32, or of fewer bits
         that are as good."""
         ...
+
+
+class RunsOfExperts:
+    """Parameters of which experts that share a chunk are read together, CHUNK_BYTES at most, and kept for the next."""
+
+    def __init__(self, parameters: Parameters, wanted: Sequence[Piece]):
+        self.chunk = parameters.chunk
+        self._read = parameters.read_stored
+        self._place: tuple[str, int, int] | None = None
+        self._values = np.empty(0)
+        self._lengths = {
+            part.path: max(1, min(parameters.chunk(part.path)[1], CHUNK_BYTES // (4 * math.prod(part.shape))))
+            for piece in wanted
+            for part in piece.parts
+            if len(part.index) == 2
+        }
+
+    def read_stored(self, path: str, index: Index = ()) -> np.ndarray:
+        length = self._lengths.get(path, 1)
+        if length == 1:
+            return self._read(path, index)
+        block, expert, *rest = index
+        assert isinstance(block, int), "experts are read one by one"
+        assert isinstance(expert, int)
+        first = expert // length * length
+        if (path, block, first) != self._place:
+            self._place, self._values = None, np.empty(0)  # not beside the next ones
+            self._values = self._read(path, (block, slice(first, first + length)))
+            self._place = (path, block, first)
+        return self._values[(expert - first, *rest)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +129,10 @@ def export_model(
     block = Need("a part of the checkpoint", max(CHUNK_BYTES, largest_chunk), READ_COPIES)
     largest = max(math.prod(piece.shape) for piece in wanted) * DTYPES[dtype].itemsize
     # One tensor is being written while the next one is put together, where there is room for two.
-    at_once(memory_budget, block)
-    ahead = 1 if memory_budget >= BASE_BYTES + largest + block.total else 0
+    kept = 0 if config.moe is None else CHUNK_BYTES
+    at_once(memory_budget, block, kept)
+    ahead = 1 if memory_budget >= BASE_BYTES + kept + largest + block.total else 0
+    parameters = RunsOfExperts(parameters, wanted)
     keys = _config_keys(family.model_type, family.architecture, family.write_config(config), settings, special_tokens)
     if settings is not None and is_unchanged(family, settings, config):
         keys = dict(settings)
@@ -198,6 +230,11 @@ def assemble_tensor(
         return tensor
     shapes = [part.shape for part in piece.parts]
     views = [piece.layout.read(tensor, shapes, number) for number in range(len(shapes))]
+    if isinstance(piece.layout, Experts):
+        (part,) = piece.parts
+        for expert, view in enumerate(views[0]):
+            _fill(view, parameters, Slice(part.path, (*part.index, expert), part.shape[1:]), block_bytes)
+        return tensor
     if len(views) == 1 and 4 * views[0].size <= block_bytes:
         values = parameters.read_stored(piece.parts[0].path, piece.parts[0].index)
         if values.dtype == dtype and values.strides == views[0].strides:  # it lies in memory as it does in the file

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lmjax.convert.layouts import Rows
+from lmjax.convert.layouts import Experts, Rows
 from lmjax.convert.settings import Settings
 from lmjax.errors import InputError
 from lmjax.models.config import DecoderConfig
 
-SUFFIXES = {"kernel": "weight", "scale": "weight", "bias": "bias", "table": "weight"}
+SUFFIXES = {"kernel": "weight", "matrix": "weight", "scale": "weight", "bias": "bias", "table": "weight"}
 """The last name of a parameter, with us and in the files."""
 
 LINEAR = Rows(num_inputs=1)
@@ -27,10 +27,13 @@ class Part:
     """A module of the files, and the modules of a block of ours that it holds."""
 
     theirs: str
+    """With {} for the number of an expert, where each expert has a module of its own."""
     ours: tuple[str, ...]
     """Paths such as ``attention/query``, in the order of ``layout``."""
-    layout: Rows = VECTOR
+    layout: Rows | Experts = VECTOR
     """Of the weight; a bias has the same order, without inputs."""
+    is_tensor: bool = False
+    """Whether ``theirs`` is the name of a tensor as it is, without .weight or .bias."""
 
 
 QKV = ("attention/query", "attention/key", "attention/value")

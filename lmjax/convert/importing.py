@@ -118,10 +118,16 @@ def import_model(
 
 def model_yaml(config: DecoderConfig, source: str) -> str:
     """The ``model`` section of a config: what differs from the defaults."""
-    kinds: dict[str, Any] = {field.name: field for field in dataclasses.fields(config)}  # pyright: ignore
-    changed = {name: value for name, value in _tree(config).items() if getattr(config, name) != kinds[name].default}
+    changed = _changed(config, _tree(config))
+    if config.moe is not None:
+        changed["moe"] = _changed(config.moe, changed["moe"])
     text = yaml.safe_dump({"model": changed}, sort_keys=False, width=120)
     return f"# {source}, by `lmjax convert import`; `base:` of a config takes this file.\n{text}"
+
+
+def _changed(config: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in tree.items() if getattr(config, name) != defaults[name]}
 
 
 def _keep(source: Source, target: Path) -> None:

@@ -84,6 +84,27 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A tensor (experts x rows, embed) of the matrices of all experts of a block, one after the other, as DBRX has
+    them. Our part is (experts, in, out)."""
+
+    output_first: bool
+    """Whether an expert's rows are its outputs, as of a linear layer, or its inputs."""
+
+    def shape(self, parts: Sequence[Shape]) -> Shape:
+        experts, inputs, outputs = parts[0]
+        return (experts * outputs, inputs) if self.output_first else (experts * inputs, outputs)
+
+    def read(self, tensor: np.ndarray, parts: Sequence[Shape], number: int) -> np.ndarray:
+        matrices = tensor.reshape(parts[0][0], -1, tensor.shape[1])
+        return matrices.swapaxes(1, 2) if self.output_first else matrices
+
+    def write(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        matrices = parts[0].swapaxes(1, 2) if self.output_first else parts[0]
+        return matrices.reshape(-1, matrices.shape[2])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
     """The rows of a table, or the entries of a vector over the vocabulary, without our padding."""
 

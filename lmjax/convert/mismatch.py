@@ -22,13 +22,28 @@ def describe_mismatch(groups: Mapping[str, Sequence[tuple[str, str]]]) -> str:
 
 
 def _collapse(found: Sequence[tuple[str, str]]) -> list[str]:
-    """One line for all layers of which the same is said."""
-    layers: dict[tuple[str, str], list[int]] = {}
-    for name, what in found:
-        number = re.search(r"(?<=\.)\d+(?=\.)", name)
-        template = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
-        layers.setdefault((template, what), []).extend([] if number is None else [int(number[0])])
-    return [f"{template.replace('*', _spans(numbers), 1)}: {what}" for (template, what), numbers in layers.items()]
+    """One line for all layers, and for all experts of these, of which the same is said."""
+    lines = [(*_without_number(name), what) for name, what in found]
+    # The last number is an expert's where there are two, and where there is one, a layer's.
+    by_layers = _gathered(lines)
+    return [f"{name}: {what}" for name, what in _gathered([(*_without_number(name), what) for name, what in by_layers])]
+
+
+def _without_number(name: str) -> tuple[str, int | None]:
+    """The name with * for the last number in it that stands alone, and the number."""
+    numbers = list(re.finditer(r"(?<=\.)\d+(?=\.)", name))
+    if not numbers:
+        return name, None
+    last = numbers[-1]
+    return f"{name[: last.start()]}*{name[last.end() :]}", int(last[0])
+
+
+def _gathered(lines: Sequence[tuple[str, int | None, str]]) -> list[tuple[str, str]]:
+    """The names with all numbers for *."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for template, number, what in lines:
+        numbers.setdefault((template, what), []).extend([] if number is None else [number])
+    return [(template.replace("*", _spans(found), 1), what) for (template, what), found in numbers.items()]
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -4,21 +4,21 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lmjax.convert.family import SUFFIXES, VECTOR, Family
+from lmjax.convert.family import SUFFIXES, VECTOR, Family, Part
 from lmjax.convert.layouts import Layout, Rows, Shape, Table
 from lmjax.models.config import DecoderConfig
 from lmjax.models.shapes import parameter_shapes
 
 
 class Slice(NamedTuple):
-    """A slice of one of our parameters: all of it, or what belongs to one block."""
+    """A slice of one of our parameters: all of it, what belongs to one block, or to one expert of a block."""
 
     path: str
     """The parameter, such as ``segments/0/blocks/0/mlp/up/kernel``."""
     index: tuple[int, ...]
-    """Of the block along the stacked dimension; () is the whole parameter."""
+    """Of the block, and of the expert, along the dimensions that they are stacked along; () is the whole parameter."""
     shape: Shape
-    """Without that dimension."""
+    """Without those dimensions."""
 
 
 class Piece(NamedTuple):
@@ -61,17 +61,31 @@ def _pieces(family: Family, config: DecoderConfig, shapes: dict[str, Shape]) -> 
     parts = family.block(config) if callable(family.block) else family.block
     for layer, (prefix, index) in enumerate(_blocks(config)):
         for part in parts:
-            for leaf, suffix in SUFFIXES.items():
-                paths = [f"{prefix}/{ours}/{leaf}" for ours in part.ours]
-                slices = [Slice(path, (index,), shapes[path][1:]) for path in paths if path in shapes]
-                if slices:
-                    assert len(slices) == len(paths), f"{part.theirs} holds {paths}, of which some are not there"
-                    layout = part.layout if leaf == "kernel" else Rows(num_inputs=0, order=part.layout.order)
-                    yield _piece(f"{family.layer.format(layer)}.{part.theirs}.{suffix}", layout, slices)
+            yield from _of_block(part, f"{family.layer.format(layer)}.{part.theirs}", prefix, index, shapes)
     yield from outside(family.final_norm, "final_norm")
     yield from outside(family.head, "head", vocabulary)
     if "head_bias" in shapes:
         yield _piece(f"{family.head}.bias", vocabulary, [Slice("head_bias", (), shapes["head_bias"])])
+
+
+def _of_block(part: Part, theirs: str, prefix: str, block: int, shapes: dict[str, Shape]) -> Iterator[Piece]:
+    """The tensors of a module of a block, all experts' weights of one kind one after the other."""
+    for leaf, suffix in SUFFIXES.items():
+        paths = [f"{prefix}/{ours}/{leaf}" for ours in part.ours]
+        present = [path for path in paths if path in shapes]
+        if not present:
+            continue
+        assert present == paths, f"{part.theirs} holds {paths}, of which some are not there"
+        layout: Layout = part.layout
+        if isinstance(layout, Rows) and leaf not in ("kernel", "matrix"):
+            layout = Rows(num_inputs=0, order=layout.order)
+        name = theirs if part.is_tensor else f"{theirs}.{suffix}"
+        if "{}" not in name:
+            yield _piece(name, layout, [Slice(path, (block,), shapes[path][1:]) for path in paths])
+            continue
+        for expert in range(shapes[paths[0]][1]):
+            slices = [Slice(path, (block, expert), shapes[path][2:]) for path in paths]
+            yield _piece(name.format(expert), layout, slices)
 
 
 def _piece(name: str, layout: Layout, slices: list[Slice]) -> Piece:

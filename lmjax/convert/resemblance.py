@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lmjax.convert.experts import mlp_kinds, mlp_pattern
 from lmjax.convert.families import FAMILIES
 from lmjax.convert.family import Family
 from lmjax.convert.source import read_model
 from lmjax.errors import InputError
 from lmjax.models.config import DecoderConfig
+from lmjax.nn.moe import MoEConfig
 
 SHOWN = 5
 
@@ -49,7 +51,15 @@ def differences(family: Family, config: DecoderConfig) -> list[str] | None:
 def differing_fields(one: DecoderConfig, other: DecoderConfig) -> list[tuple[str, Any, Any]]:
     """The fields in which two trained models differ, with both values, as ``resolved`` has them."""
     first, second = resolved(one), resolved(other)
-    names = [field.name for field in dataclasses.fields(first)]  # pyright: ignore[reportArgumentType]
+    found = _differing(first, second)
+    if first.moe is None or second.moe is None:
+        return found
+    of_experts = [(f"moe.{name}", left, right) for name, left, right in _differing(first.moe, second.moe)]
+    return [field for field in found if field[0] != "moe"] + of_experts
+
+
+def _differing(first: Any, second: Any) -> list[tuple[str, Any, Any]]:
+    names = [field.name for field in dataclasses.fields(first)]
     pairs = ((name, getattr(first, name), getattr(second, name)) for name in names)
     return [(name, left, right) for name, left, right in pairs if left != right]
 
@@ -65,10 +75,30 @@ def resolved(config: DecoderConfig) -> DecoderConfig:
         "head_dim": config.head_width,
         "query_scale": config.attention("full").query_scale,
         "layer_pattern": kinds[:shortest],
+        "moe": None if config.moe is None else _resolved_experts(config, config.moe),
         "dropout": 0.0,
         "init": "gpt2",
     }
     return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def _resolved_experts(config: DecoderConfig, moe: MoEConfig) -> MoEConfig:
+    """A softmax of the chosen logits is one of all, divided by the sum of the chosen; what is of training is left out,
+    and so is the capacity, which generation has not."""
+    kinds = mlp_kinds(config)
+    untrained = MoEConfig(num_experts=1, experts_per_token=1)
+    names = ("jitter", "capacity_factor", "balance_weight", "balance_over", "z_weight")
+    changes: dict[str, Any] = {
+        **{name: getattr(untrained, name) for name in names},
+        **mlp_pattern(kinds),
+        "expert_dim": config.expert_dim if "dense" in kinds else None,
+        "softmax_over": "all",
+        "renormalize": moe.renormalize or moe.softmax_over == "chosen",
+        "choice_bias_rate": None if moe.choice_bias_rate is None else 0.0,
+    }
+    if moe.groups == moe.top_groups:
+        changes |= {"groups": 1, "top_groups": 1}
+    return dataclasses.replace(moe, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def is_unchanged(family: Family, settings: Mapping[str, Any], config: DecoderConfig) -> bool:

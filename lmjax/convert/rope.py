@@ -36,11 +36,11 @@ KEYS = {
 OLD_NAMES = {"su": "longrope"}
 
 
-def read_rope(settings: Settings, *, fraction: float = 1.0) -> dict[str, Any]:
+def read_rope(settings: Settings, *, fraction: float = 1.0, theta: float = 10_000.0) -> dict[str, Any]:
     """The fields ``rope_theta``, ``rope_fraction`` and ``rope_scaling``, in either spelling.
 
-    Where the file says neither, theta is 10,000 and the rotated part of a head ``fraction``. Raises InputError for a
-    scaling that is not known, has not all its numbers, or has more of them.
+    Where the file says neither, they are ``theta`` and ``fraction``, the rotated part of a head. Raises InputError for
+    a scaling that is not known, has not all its numbers, or has more of them.
     """
     new, old = settings.take("rope_parameters", None), settings.take("rope_scaling", None)
     parameters = old or new or {}  # which of them counts where there are both, as in transformers
@@ -49,7 +49,7 @@ def read_rope(settings: Settings, *, fraction: float = 1.0) -> dict[str, Any]:
             f"{settings.place}: rope_scaling is {json.dumps(parameters)}; it has to be a dictionary with rope_type"
         )
     parameters = dict(parameters)
-    theta = settings.take("rope_theta", None) or 10_000.0
+    theta = settings.take("rope_theta", None) or theta
     partial = settings.take("partial_rotary_factor", None)
     return {
         "rope_theta": float(parameters.pop("rope_theta", None) or theta),
@@ -58,12 +58,12 @@ def read_rope(settings: Settings, *, fraction: float = 1.0) -> dict[str, Any]:
     }
 
 
-def read_whole_rope(settings: Settings) -> dict[str, Any]:
+def read_whole_rope(settings: Settings, *, theta: float = 10_000.0) -> dict[str, Any]:
     """``read_rope`` where transformers turns whole heads, whatever ``partial_rotary_factor`` says.
 
     Raises InputError where it says less.
     """
-    fields = read_rope(settings)
+    fields = read_rope(settings, theta=theta)
     if fields["rope_fraction"] != 1:
         raise InputError(
             f"{settings.place}: partial_rotary_factor is {fields['rope_fraction']}, which is not supported: in this "

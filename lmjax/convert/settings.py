@@ -21,11 +21,13 @@ suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_deco
 tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id use_bfloat16
 use_cache pretraining_tp attn_implementation cache_implementation attention_dropout attn_pdrop classifier_dropout
 emb_pdrop embd_pdrop embed_dropout hidden_dropout hidden_dropout_prob attention_dropout_prob layerdrop
-resid_pdrop dropout activation_dropout transformers.js_config unsloth_fixed unsloth_version _model_name_or_path
+resid_pdrop dropout activation_dropout output_router_logits router_aux_loss_coef
+router_jitter_noise transformers.js_config unsloth_fixed unsloth_version _model_name_or_path
 """
 WITHOUT_EFFECT = frozenset(_NAMES.split())
 """Keys that change nothing in how a trained model computes: generation's defaults, labels, how weights were drawn, how
-the class runs, and dropout, which is a setting of training (``model.dropout``)."""
+the class runs, and what is a setting of training: dropout (``model.dropout``), and the router's losses and noise
+(``model.moe``)."""
 
 _ABSENT = object()
 
@@ -62,6 +64,10 @@ class Settings:
             raise InputError(
                 f"{self.place}: {key} is {json.dumps(value)}, which is not supported; it has to be {shown}"
             )
+
+    def inside(self, key: str) -> "Settings":
+        """The keys of the dictionary at ``key``; none where it is absent."""
+        return Settings(self.take(key, None) or {}, f"{self.place}: {key}")
 
     def fill(self, defaults: Mapping[str, Any]) -> None:
         """Takes these values for keys that the file lacks, as transformers' class of the family does."""

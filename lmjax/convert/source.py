@@ -1,6 +1,8 @@
 """A Hugging Face directory as parameters of ours: checked whole before a byte moves, read one slice at a time."""
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,11 +11,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from lmjax.checkpoint.slices import chunk_shape
 from lmjax.convert.casting import cast_into
 from lmjax.convert.families import FAMILIES
 from lmjax.convert.family import Family
 from lmjax.convert.gguf_files import find_gguf, gguf_config
-from lmjax.convert.layouts import Rows, Shape, Table
+from lmjax.convert.layouts import Experts, Rows, Shape, Table
 from lmjax.convert.mismatch import describe_mismatch
 from lmjax.convert.pieces import Piece, is_ignored, pieces
 from lmjax.convert.settings import CONFIG_FILE, Settings, read_config_file
@@ -35,8 +38,10 @@ class Leaf:
     shape: Shape
     files: TensorFiles = dataclasses.field(repr=False)
     held: tuple[tuple[Piece, int], ...] = dataclasses.field(repr=False)
-    """Where each slice along the stacked dimension is: a tensor, and the part of it. One for what is not stacked."""
-    is_stacked: bool = False
+    """Where each slice along the stacked dimensions is, the last one fastest: a tensor, and the part of it. One for
+    what is not stacked."""
+    num_stacked: int = 0
+    """Leading dimensions whose slices are in tensors of their own: 1 for blocks, 2 for blocks and experts."""
     dtype: np.dtype = dataclasses.field(default=np.dtype(np.float32))
 
     @property
@@ -46,14 +51,31 @@ class Leaf:
     @property
     def stored(self) -> np.dtype:
         """That of the tensors it is read from, where these have the same one."""
+        return self._stored
+
+    @functools.cached_property
+    def _stored(self) -> np.dtype:
         dtypes = {self.files.infos[piece.name].dtype for piece, _ in self.held}
         return dtypes.pop() if len(dtypes) == 1 else self.dtype
 
     @property
     def order(self) -> Literal["C", "F"]:
-        """Of a slice in memory: kernels of linear layers lie in the files with their outputs first."""
+        """Of a slice in memory: kernels of linear layers lie in the files with their outputs first.
+
+        Experts that share a chunk of a checkpoint would be interleaved there in the order of the files.
+        """
         layout = self.held[0][0].layout
+        has_experts = isinstance(layout, Experts) or self.num_stacked == 2
+        if has_experts and chunk_shape(self.shape, self.stored.itemsize)[1] > 1:
+            return "C"
+        if isinstance(layout, Experts):
+            return "F" if layout.output_first else "C"
         return "F" if isinstance(layout, Rows) and layout.num_inputs and not layout.input_first else "C"
+
+    @property
+    def _num_leading(self) -> int:
+        """Dimensions before those of a matrix."""
+        return self.num_stacked + isinstance(self.held[0][0].layout, Experts)
 
     def read(self, index: Index = ()) -> np.ndarray:
         """float32 values at ``index`` (as NumPy has it, steps of 1): a new array, and no more memory than its own."""
@@ -66,12 +88,13 @@ class Leaf:
     def _read(self, index: Index, dtype: np.dtype) -> np.ndarray:
         whole = [(choice, size) for choice, size in zip(_padded(index, len(self.shape)), self.shape, strict=True)]
         starts = [_range(choice, size) for choice, size in whole]
-        out = _empty([stop - start for start, stop in starts], dtype, self.order, self.is_stacked)
-        if self.is_stacked:
-            for place, number in enumerate(range(*starts[0])):
-                self._fill(out[place], number, starts[1:])
-        else:
-            self._fill(out, 0, starts)
+        out = _empty([stop - start for start, stop in starts], dtype, self.order, self._num_leading)
+        stacked = list(zip(starts, self.shape, strict=True))[: self.num_stacked]
+        for place in itertools.product(*(range(stop - start) for (start, stop), _ in stacked)):
+            number = 0
+            for ((start, _), size), offset in zip(stacked, place, strict=True):
+                number = number * size + start + offset
+            self._fill(out[place], number, starts[self.num_stacked :])
         dropped = tuple(0 if isinstance(choice, int | np.integer) else slice(None) for choice, _ in whole)
         return out[dropped]
 
@@ -140,7 +163,7 @@ class Source:
     def chunk(self, path: str) -> Shape:
         """The part of a parameter that is read in one go."""
         leaf = self.leaves[path]
-        return (1, *leaf.shape[1:]) if leaf.is_stacked else leaf.shape
+        return (*(1,) * leaf.num_stacked, *leaf.shape[leaf.num_stacked :])
 
     def read(self, path: str, index: Index = ()) -> np.ndarray:
         """float32 values of one parameter; see ``Leaf.read``."""
@@ -296,24 +319,21 @@ def _check_tied(path: Path, head: str, embed: Piece, files: TensorFiles) -> None
 
 
 def _leaves(wanted: list[Piece], files: TensorFiles) -> Iterator[tuple[str, Leaf]]:
-    held: dict[str, dict[int, tuple[Piece, int]]] = {}
-    stacked: dict[str, Shape] = {}
+    held: dict[str, dict[tuple[int, ...], tuple[Piece, int]]] = {}
     for piece in wanted:
         for number, part in enumerate(piece.parts):
-            places = held.setdefault(part.path, {})
-            places[part.index[0] if part.index else 0] = (piece, number)
-            stacked[part.path] = part.shape if not part.index else (-1, *part.shape)
+            held.setdefault(part.path, {})[part.index] = (piece, number)
     for path, places in held.items():
-        is_stacked = stacked[path][:1] == (-1,)
-        shape = (len(places), *stacked[path][1:]) if is_stacked else stacked[path]
-        yield path, Leaf(shape, files, tuple(places[number] for number in sorted(places)), is_stacked)
+        last = max(places)
+        piece, number = places[last]
+        shape = (*(index + 1 for index in last), *piece.parts[number].shape)
+        yield path, Leaf(shape, files, tuple(places[index] for index in sorted(places)), len(last))
 
 
-def _empty(lengths: list[int], dtype: np.dtype, order: Literal["C", "F"], is_stacked: bool) -> np.ndarray:
-    """An array in which the slices along the first dimension of a stack, or all of it, have this order."""
+def _empty(lengths: list[int], dtype: np.dtype, order: Literal["C", "F"], first: int) -> np.ndarray:
+    """An array in which the slices along the ``first`` dimensions have this order."""
     if order == "C":
         return np.empty(lengths, dtype)
-    first = 1 if is_stacked else 0
     reverse = (*range(first), *range(len(lengths) - 1, first - 1, -1))
     return np.empty([lengths[dim] for dim in reverse], dtype).transpose(reverse)
 

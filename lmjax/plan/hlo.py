@@ -12,6 +12,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
+_GROUPS_OF_ONE = re.compile(r"replica_groups=(?:\{\{\d+\}|\[\d+,1\]<=)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
@@ -77,15 +78,16 @@ def arrays_above(text: str, rows: int, columns: int) -> set[ArrayShape]:
 def collectives(text: str) -> dict[str, Collective]:
     """The collectives of a program, by kind.
 
-    An asynchronous one counts once, by its start. What a TPU compiler calls all-reduce-scatter, an all-reduce whose
-    result is cut up in the same fusion, is a reduce-scatter.
+    Those within groups of one device, which some compilers leave, send nothing and do not count. An asynchronous one
+    counts once, by its start. What a TPU compiler calls all-reduce-scatter, an all-reduce whose result is cut up in the
+    same fusion, is a reduce-scatter.
     """
     found = list(instructions(text))
     types = {instruction.name: instruction.type for instruction in found}
     totals: dict[str, Collective] = {}
     for instruction in found:
         kind = instruction.kind.removesuffix("-start")
-        if kind not in KINDS:
+        if kind not in KINDS or _GROUPS_OF_ONE.search(instruction.arguments):
             continue
         if kind == "all-reduce" and instruction.computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"

@@ -110,7 +110,9 @@ def test_options_that_cannot_be_are_refused(run, capsys):
         (["--output", "x", "--json"], "--output and --json: give one of them"),
     ]:
         assert told in refused(capsys, run.directory, *arguments)
-    assert "mesh: data 1 x tensor 3 = 3 does not divide the 8" in refused(capsys, run.directory, "mesh.tensor=3")
+    assert "mesh: data 1 x expert 1 x tensor 3 = 3 does not divide the 8" in refused(
+        capsys, run.directory, "mesh.tensor=3"
+    )
 
 
 @pytest.mark.fast

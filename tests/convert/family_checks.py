@@ -32,6 +32,7 @@ from lmjax.train.step import DeviceBatch, loss_sums
 from tests import tiny
 from tests.models.families.family import Family as Twin
 from tests.models.families.family import layer_types, max_positions
+from tests.models.families.moe import is_separated
 
 Tensors = dict[str, np.ndarray]
 
@@ -138,11 +139,17 @@ def make_example(
     """Writes the files of a model with every tensor random, in several shards, below ``directory``."""
     config = tiny.with_changes(twin.config, **changes)
     model = twin.model(config).eval()
-    randomise(model, rng, around=0.0 if config.norm_unit_offset else 1.0)
+    lengths = (twin.length - 5, twin.length)
+    for _ in range(5):
+        randomise(model, rng, around=0.0 if config.norm_unit_offset else 1.0)
+        rows = [rng.integers(0, config.vocab_size, length).astype(np.int32) for length in lengths]
+        if config.moe is None or all(is_separated(model, row[None], config.moe) for row in rows):
+            break
+    else:
+        raise AssertionError("routers of all draws have two logits that are nearly equal")
     source = directory / "source"
     num_bytes = sum(parameter.numel() * 4 for parameter in model.parameters())
     model.save_pretrained(source, max_shard_size=num_bytes // NUM_SHARDS)
-    rows = [rng.integers(0, config.vocab_size, length).astype(np.int32) for length in (twin.length - 5, twin.length)]
     read = resolved(dataclasses.replace(config, max_length=max_positions(config), **reads))
     return Example(source, model, read, rows)
 

@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tests.convert.family_checks import check_family, check_gradients, make_example
-from tests.models.families import gemma, gpt, llama
+from tests.models.families import gemma, gpt, llama, moe
 from tests.models.families.family import Family as Twin
 
 TWINS = {name: twin for name, twin in (llama.FAMILIES | gemma.FAMILIES).items() if name != "granite"}
@@ -73,7 +73,9 @@ def test_a_family_goes_in_and_out_throughout_its_grid(twin, changes, rng, tmp_pa
     check_family(twin, changes, rng, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("gemma2", {"num_layers": 2}), ("gpt2", {})])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("llama", {}), ("gemma2", {"num_layers": 2}), ("gpt2", {}), ("dbrx", {})]
+)
 def test_gradients_of_the_loss_equal_those_of_transformers(name, changes, rng, tmp_path):
-    twin = (TWINS | gpt.FAMILIES)[name]
+    twin = (TWINS | gpt.FAMILIES | moe.FAMILIES)[name]
     check_gradients(make_example(twin, changes, rng, tmp_path))

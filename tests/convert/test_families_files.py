@@ -16,9 +16,9 @@ transformers = pytest.importorskip("transformers")
 import safetensors.torch  # noqa: E402
 
 from tests.convert.family_checks import make_example  # noqa: E402
-from tests.models.families import alibi, gemma, gpt, llama  # noqa: E402
+from tests.models.families import alibi, gemma, gpt, llama, moe  # noqa: E402
 
-TWINS = llama.FAMILIES | gemma.FAMILIES | gpt.FAMILIES | alibi.FAMILIES
+TWINS = llama.FAMILIES | gemma.FAMILIES | gpt.FAMILIES | alibi.FAMILIES | moe.FAMILIES
 TWINS.pop("granite")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lmjax.convert.layouts import Rows, Table
+from lmjax.convert.layouts import Experts, Rows, Table
 
 pytestmark = pytest.mark.fast
 
@@ -29,6 +29,8 @@ CASES = {
     "grouped, one key head": (Rows(num_inputs=1, order="grouped"), [QUERY, key_shape(1), key_shape(1)]),
     "grouped, two key heads": (Rows(num_inputs=1, order="grouped"), [QUERY, key_shape(2), key_shape(2)]),
     "grouped biases": (Rows(num_inputs=0, order="grouped"), [(HEADS, WIDTH), (2, WIDTH), (2, WIDTH)]),
+    "experts, outputs first": (Experts(output_first=True), [(3, EMBED, 4)]),
+    "experts, inputs first": (Experts(output_first=False), [(3, 4, EMBED)]),
     "a table": (Table(num_rows=5), [(5, EMBED)]),
     "a padded table": (Table(num_rows=5), [(8, EMBED)]),
     "a padded vector": (Table(num_rows=5), [(8,)]),
@@ -72,6 +74,15 @@ def test_conv1d_is_not_transposed_even_where_it_is_square(rng):
     np.testing.assert_array_equal(layout.read(weight, [(8, 8)], 0), weight)
     assert layout.shape([(3, 5)]) == (3, 5)
     assert Rows(num_inputs=1).shape([(3, 5)]) == (5, 3)
+
+
+def test_experts_lie_one_after_the_other(rng):
+    w1, w2 = rng.standard_normal((2, 3 * 4, EMBED))  # of three experts with four hidden numbers
+    x, hidden = rng.standard_normal(EMBED), rng.standard_normal(4)
+    up = Experts(output_first=True).read(w1, [(3, EMBED, 4)], 0)
+    down = Experts(output_first=False).read(w2, [(3, 4, EMBED)], 0)
+    np.testing.assert_allclose(x @ up[1], w1[4:8] @ x)
+    np.testing.assert_allclose(hidden @ down[1], hidden @ w2[4:8])
 
 
 def test_stacked_parts_follow_one_another():

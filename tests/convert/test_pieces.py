@@ -10,14 +10,15 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from lmjax.convert.families import FAMILIES, llama, qwen3
+from lmjax.convert.families import FAMILIES, dbrx, llama, mixtral, qwen3
 from lmjax.convert.family import CONV1D, Family, Part, linear, norm
-from lmjax.convert.layouts import Rows
+from lmjax.convert.layouts import Experts, Rows
 from lmjax.convert.pieces import is_ignored, pieces
 from lmjax.errors import InputError
 from tests import tiny
 from tests.convert import family_checks as checks
 from tests.models.families import llama as twins
+from tests.models.families import moe
 
 TWIN = twins.FAMILIES["llama"]
 """Its queries and keys have one shape, which is square."""
@@ -70,6 +71,57 @@ def test_a_tensor_of_the_last_layer_with_its_signs_turned_changes_the_logits(exa
     tensors = reading.tensors | {name: -reading.tensors[name]}
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         checks.check_logits(dataclasses.replace(reading, tensors=tensors), example)
+
+
+def changed(family: Family, parts: dict[str, dict[str, Any]]) -> Family:
+    """The family with changes to modules of a block, by their names."""
+    assert not callable(family.block)
+    assert parts.keys() <= {part.theirs for part in family.block}
+    block = [dataclasses.replace(part, **parts.get(part.theirs, {})) for part in family.block]
+    return dataclasses.replace(family, block=tuple(block))
+
+
+def swapped(family: Family, one: str, other: str) -> Family:
+    return changed(family, {one: {"theirs": other}, other: {"theirs": one}})
+
+
+EXPERT = "block_sparse_moe.experts.{}"
+WRONG_EXPERTS = {
+    "gates and ups swapped": ("mixtral", {}, swapped(mixtral.FAMILY, f"{EXPERT}.w1", f"{EXPERT}.w3")),
+    "w1 and v1 swapped": ("dbrx", {}, swapped(dbrx.FAMILY, "ffn.experts.mlp.w1", "ffn.experts.mlp.v1")),
+    "a square w2 transposed": (
+        "dbrx",
+        {"mlp_dim": 32},
+        changed(dbrx.FAMILY, {"ffn.experts.mlp.w2": {"layout": Experts(output_first=True)}}),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_EXPERTS)
+def test_a_wrong_table_of_experts_changes_the_logits(case, rng, tmp_path):
+    name, changes, wrong = WRONG_EXPERTS[case]
+    example = checks.make_example(moe.FAMILIES[name], changes, rng, tmp_path)
+    reading = checks.read(example.directory, wrong)
+    checks.check_names(reading)
+    checks.check_bits(reading)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        checks.check_logits(reading, example)
+
+
+def test_tensors_of_two_experts_swapped_change_the_logits_unless_their_routers_are_too(rng, tmp_path):
+    example = checks.make_example(moe.FAMILIES["mixtral"], {}, rng, tmp_path)
+    reading = checks.read(example.directory)
+    layer = "model.layers.1.block_sparse_moe"
+
+    def other(name: str) -> str:
+        return name.replace("experts.0.", "experts.x.").replace("experts.1.", "experts.0.").replace(".x.", ".1.")
+
+    tensors = {other(name) if name.startswith(layer) else name: tensor for name, tensor in reading.tensors.items()}
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        checks.check_logits(dataclasses.replace(reading, tensors=tensors), example)
+    router = reading.tensors[f"{layer}.gate.weight"]
+    tensors |= {f"{layer}.gate.weight": router[[1, 0, *range(2, len(router))]]}
+    checks.check_logits(dataclasses.replace(reading, tensors=tensors), example)
 
 
 def test_a_slice_that_is_not_filled_changes_the_logits(example):

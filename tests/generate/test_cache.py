@@ -10,6 +10,7 @@ import pytest
 from lmjax.generate import steps
 from lmjax.generate.cache import empty_cache, repeat_rows
 from lmjax.nn.cache import CacheWrite, slots_of_window
+from lmjax.nn.moe import MoEConfig
 from tests import tiny
 from tests.generate.case import CONFIG, Uncached, parameters
 
@@ -21,6 +22,8 @@ NEW = 12
 PART = 4
 """Columns of a part of the prompts; of a window of 3 tokens, a layer keeps 8 slots."""
 LONG = tiny.with_changes(CONFIG, max_length=COLUMNS + NEW)
+EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, shared_dim=16, capacity_factor=4.0)
+"""With room for all, in the whole passes that the cached ones are compared with."""
 
 
 @pytest.mark.fast
@@ -138,8 +141,9 @@ def test_logits_over_several_windows_equal_uncached_ones_with_a_rolling_buffer(r
         {"position": "alibi", "attention_sinks": True, "rope_theta": 10_000.0},
         {"position": "learned", "attention_softcap": 3.0, "residual": "parallel", "rope_theta": 10_000.0},
         {"rope_fraction": 0.5, "rope_theta_sliding": 20.0, "qk_norm": "full", "norm_placement": "sandwich"},
+        {"moe": EXPERTS},
     ],
-    ids=["alibi", "learned", "partial"],
+    ids=["alibi", "learned", "partial", "experts"],
 )
 def test_logits_of_other_families_equal_uncached_ones(rng, monkeypatch, switches):
     monkeypatch.setattr(steps, "PREFILL_PART", PART)

@@ -1,5 +1,6 @@
 """Parameters of the committed architectures are those of the published checkpoints."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ MODELS = Path(__file__).parents[2] / "configs" / "models"
 PUBLISHED = {
     "bloom_176b": 176_247_271_424,
     "bloom_560m": 559_214_592,
+    "dbrx": 131_596_523_520,
     "falcon_40b": 41_303_293_952,
     "falcon_7b": 6_921_720_704,
     "falcon_rw_1b": 1_311_625_216,
@@ -40,10 +42,13 @@ PUBLISHED = {
     "llama3_2_1b": 1_235_814_400,
     "llama3_2_3b": 3_212_749_824,
     "mistral_7b_v0_2": 7_241_732_096,
+    "mixtral_8x22b": 140_620_634_112,
+    "mixtral_8x7b": 46_702_792_704,
     "mpt_7b": 6_649_286_656,
     "olmo2_1b": 1_484_916_736,
     "olmo2_32b": 32_234_279_936,
     "olmo2_7b": 7_298_617_344,
+    "olmoe_1b_7b": 6_919_161_856,
     "opt_125m": 125_239_296,
     "opt_6_7b": 6_658_473_984,
     "phi2": 2_779_683_840,
@@ -51,10 +56,22 @@ PUBLISHED = {
     "phi3_mini_4k": 3_821_079_552,
     "qwen2_0_5b": 494_032_768,
     "qwen2_7b": 7_615_616_512,
+    "qwen2_moe_a2_7b": 14_315_784_192,
     "qwen3_0_6b": 596_049_920,
+    "qwen3_30b_a3b": 30_532_122_624,
     "qwen3_8b": 8_190_735_360,
     "starcoder": 15_517_456_384,
 }
+# As their authors state them: billions in all, and those that a token goes through.
+ROUNDED = {
+    "dbrx": (132, 36),
+    "mixtral_8x22b": (141, 39),
+    "mixtral_8x7b": (46.7, 12.9),
+    "olmoe_1b_7b": (6.9, 1.3),
+    "qwen2_moe_a2_7b": (14.3, 2.7),
+    "qwen3_30b_a3b": (30.5, 3.3),
+}
+NOT_PUBLISHED = {"switch_base_decoder": 3_705_785_088}
 # OPT's table of positions begins with two rows that are never read.
 UNREAD_ROWS = {"opt_125m": 2, "opt_6_7b": 2}
 
@@ -75,12 +92,35 @@ def test_parameter_count_is_the_published_one(name):
     assert parameter_count(config) + UNREAD_ROWS.get(name, 0) * config.embed_dim == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", ROUNDED)
+def test_parameters_of_experts_are_those_that_their_authors_state(name):
+    """Rounded or cut off at the last digit that they state."""
+    config = load_model(str(MODELS / f"{name}.yaml"))
+    counts = parameter_count(config), parameter_count(config, active=True)
+    assert counts[1] < counts[0]
+    for count, stated in zip(counts, ROUNDED[name], strict=True):
+        last_digit = 1 if isinstance(stated, int) else 0.1
+        assert -last_digit / 2 <= count / 1e9 - stated < last_digit
+
+
+def test_active_parameters_are_those_of_a_decoder_with_the_chosen_experts_alone():
+    for name in (*ROUNDED, *NOT_PUBLISHED):
+        config = load_model(str(MODELS / f"{name}.yaml"))
+        moe = config.moe
+        assert moe is not None
+        chosen = dataclasses.replace(moe, num_experts=moe.experts_per_token)
+        routers = (moe.num_experts - moe.experts_per_token) * config.embed_dim
+        routers *= sum(block.mlp == "moe" for block in config.blocks)
+        alone = parameter_count(dataclasses.replace(config, moe=chosen)) + routers
+        assert parameter_count(config, active=True) == alone
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED | NOT_PUBLISHED)
 def test_parameter_count_is_the_size_of_the_tree(name):
     config = load_model(str(MODELS / f"{name}.yaml"))
     assert parameter_count(config) == tree_count(config)
 
 
 def test_every_committed_architecture_has_a_published_count():
-    assert {file.stem for file in MODELS.glob("*.yaml")} == PUBLISHED.keys() | EARLIER.keys()
+    assert {file.stem for file in MODELS.glob("*.yaml")} == PUBLISHED.keys() | NOT_PUBLISHED.keys() | EARLIER.keys()

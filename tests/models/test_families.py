@@ -25,8 +25,6 @@ GRID = [
 ]
 TOLERANCE = 1e-4
 NOTICEABLE = 5 * TOLERANCE
-SEPARATED = 1e-4
-"""Of a router's logits: many times what the two round differently."""
 
 
 def random_params(blueprint: Blueprint, rng: np.random.Generator):
@@ -48,16 +46,6 @@ def theirs(model, tensors: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndar
         return model.eval()(torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
 
 
-def router_gap(model, tokens: np.ndarray, num_chosen: int) -> float:
-    """The smallest difference of a token's last chosen logit and the first one that is not, of all routers."""
-    with torch.no_grad():
-        found = model(torch.from_numpy(tokens).long(), use_cache=False, output_router_logits=True).router_logits
-    ordered = torch.cat(found).sort(descending=True).values
-    if ordered.shape[1] == num_chosen:
-        return float("inf")
-    return (ordered[:, num_chosen - 1] - ordered[:, num_chosen]).min().item()
-
-
 def drawn(family: Family, blueprint: Blueprint, rows: int, length: int, rng: np.random.Generator):
     """Parameters, tokens, transformers' tensors and its logits; where there are routers, such that no rounding changes
     what they choose."""
@@ -68,7 +56,7 @@ def drawn(family: Family, blueprint: Blueprint, rows: int, length: int, rng: np.
         tensors = state_dict(config, params, family.names)
         model = family.model(config)
         expected = theirs(model, tensors, tokens)
-        if config.moe is None or router_gap(model, tokens, config.moe.experts_per_token) > SEPARATED:
+        if config.moe is None or moe.is_separated(model, tokens, config.moe):
             return params, tokens, tensors, expected
     raise AssertionError("routers of all draws have two logits that are nearly equal")
 
@@ -151,3 +139,16 @@ def test_mixtral_with_one_expert_is_llama(rng):
     np.testing.assert_allclose(their_logits, expected, rtol=0, atol=TOLERANCE)
     block["moe"]["up"]["kernel"] = 1.01 * block["moe"]["up"]["kernel"]
     assert difference(ours(sparse, params, tokens), expected) > NOTICEABLE
+
+
+def test_two_experts_that_are_equally_good_are_noticed(rng):
+    family = moe.FAMILIES["mixtral"]
+    blueprint = tiny.blueprint_of(family.config, tiny.mesh_of(1, 1, 1))
+    _, tokens, tensors, _ = drawn(family, blueprint, 1, 5, rng)
+    model = family.model(family.config)
+    theirs(model, tensors, tokens)
+    assert moe.is_separated(model, tokens, family.config.moe)
+    router = model.model.layers[1].mlp.gate.weight
+    with torch.no_grad():
+        router[1:] = router[0]
+    assert not moe.is_separated(model, tokens, family.config.moe)

@@ -45,6 +45,14 @@ def test_collectives_are_counted_by_kind_with_their_larger_side():
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(
+    ("groups", "count"), [("{{0},{1}}", 0), ("[8,1]<=[8]", 0), ("{{0,1},{2,3}}", 1), ("[4,2]<=[8]", 1), ("{}", 1)]
+)
+def test_within_groups_of_one_device_nothing_is_sent(groups: str, count: int):
+    line = f"  %x = f32[4]{{0}} all-reduce(%a), replica_groups={groups}, to_apply=%add\n"
+    assert len(collectives(f"ENTRY %main (a: f32[4]) -> f32[4] {{\n{line}")) == count
+
+
 def test_a_program_without_collectives_has_none():
     assert collectives(PROGRAM.partition("%all-reduce-scatter")[0]) == {}
 

@@ -50,7 +50,10 @@ EXPERTS = "model.moe.num_experts=8 model.moe.experts_per_token=2"
         (EXPERTS.replace("=2", "=9"), "a token cannot go through more experts than there are"),
         (f"{EXPERTS} model.moe.groups=3", "8 mod 3 = 2"),
         (f"{EXPERTS} model.moe.capacity_factor=0.01", "room for less than one token"),
-        (f"{EXPERTS} model.moe.balance_over=batch train.accumulation=2", "balance_over=sequence or accumulation=1"),
+        (
+            f"{EXPERTS} model.moe.balance_over=batch train.accumulation=2 train.global_batch_size=16",
+            "balance_over=sequence or accumulation=1",
+        ),
         (f"{EXPERTS} model.moe.num_experts=6 mesh.expert=4 mesh.fsdp=2", "6 mod 4 = 2"),
         ("mesh.expert=2 mesh.fsdp=4", "the model has no experts"),
         ("evaluate.temperature=1.0", "prompts"),

@@ -207,7 +207,7 @@ def test_a_dry_run_prints_every_leaf_and_writes_nothing(
     printed = json.loads(capsys.readouterr().out)
     leaves = {leaf["path"]: leaf for leaf in printed["leaves"]}
     table = leaves["params.embed.table"]
-    assert table["spec"] == "P('tensor', 'fsdp')"
+    assert table["spec"] == "P('tensor', ('fsdp', 'expert'))"
     assert table["bytes_per_device"] == 384 * 32 * 4 // 8
     assert any(path.startswith("opt_state") for path in leaves)
     assert printed["bytes_per_device"] == sum(leaf["bytes_per_device"] for leaf in leaves.values())

@@ -2,6 +2,7 @@
 
 from lmjax.convert.families import (
     bloom,
+    dbrx,
     falcon,
     gemma,
     gemma2,
@@ -12,13 +13,17 @@ from lmjax.convert.families import (
     gptj,
     llama,
     mistral,
+    mixtral,
     mpt,
     olmo2,
+    olmoe,
     opt,
     phi,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
 )
 from lmjax.convert.family import Family
 
@@ -43,6 +48,11 @@ FAMILIES: dict[str, Family] = {
         falcon.FAMILY,
         mpt.FAMILY,
         bloom.FAMILY,
+        mixtral.FAMILY,
+        qwen2_moe.FAMILY,
+        qwen3_moe.FAMILY,
+        olmoe.FAMILY,
+        dbrx.FAMILY,
     )
 }
 """By ``model_type``. A decoder without a source is exported as the first of these that can say all of it."""

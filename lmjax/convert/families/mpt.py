@@ -51,7 +51,7 @@ def read_config(settings: Settings) -> dict[str, Any]:
 
 
 def _read_attention(settings: Settings) -> dict[str, Any]:
-    attention = Settings(settings.take("attn_config", None) or {}, f"{settings.place}: attn_config")
+    attention = settings.inside("attn_config")
     attention.ignore("attn_impl")
     attention.expect("attn_type", "multihead_attention", default="multihead_attention")
     attention.expect("alibi", True, default=True)

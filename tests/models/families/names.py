@@ -1,6 +1,7 @@
 """Our tree of parameters under the names, shapes and fused layouts that a transformers model has in memory."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -8,7 +9,12 @@ import numpy as np
 
 from lmjax.models.decoder import DecoderConfig
 
-SUFFIX = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+Tensors = dict[str, np.ndarray]
+
+SUFFIX = {"kernel": "weight", "matrix": "weight", "scale": "weight", "bias": "bias"}
+
+
+MATRICES = ("kernel", "matrix")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +35,11 @@ class Names:
     """Rows before that of position 0, which are never read."""
     input_first: bool = False
     """Whether linear layers are stored (in, out), as in GPT-2's Conv1D."""
+    experts: Callable[[np.ndarray, np.ndarray, np.ndarray], Tensors] | None = None
+    """The tensors of a layer that hold all its experts' gates (experts, in, out), ups and downs."""
 
 
-def state_dict(config: DecoderConfig, params: Any, names: Names) -> dict[str, np.ndarray]:
+def state_dict(config: DecoderConfig, params: Any, names: Names) -> Tensors:
     """Every tensor of the model. KeyError if the tree has a part without a name."""
     table = params["embed"]["table"][: config.vocab_size]
     head = table if config.tie_embeddings else params["head"]["table"][: config.vocab_size]
@@ -50,7 +58,7 @@ def state_dict(config: DecoderConfig, params: Any, names: Names) -> dict[str, np
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
-def _vectors(name: str, part: Any) -> dict[str, np.ndarray]:
+def _vectors(name: str, part: Any) -> Tensors:
     return {f"{name}.{SUFFIX[kind]}": leaf for kind, leaf in part.items()}
 
 
@@ -65,23 +73,26 @@ def _blocks(config: DecoderConfig, params: Any) -> list[Any]:
     return blocks
 
 
-def _block_tensors(block: Any, names: Names) -> dict[str, np.ndarray]:
+def _block_tensors(block: Any, names: Names) -> Tensors:
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     leaves = {tuple(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(block)}
+    tensors: Tensors = {}
+    if "moe" in block:
+        assert names.experts is not None
+        tensors |= names.experts(*(leaves.pop(("moe", part, "kernel")) for part in ("gate", "up", "down")))
     for part in sorted({path[:-1] for path in leaves}, key=lambda part: list(names.parts).index(".".join(part))):
         for kind in SUFFIX:
             if (*part, kind) in leaves:
                 leaf = leaves.pop((*part, kind))
-                rows = _rows(leaf, inputs=2 if part[-1] == "out" else 1) if kind == "kernel" else leaf
+                rows = _rows(leaf, inputs=2 if part[-1] == "out" else 1) if kind in MATRICES else leaf
                 found.setdefault((names.parts[".".join(part)], kind), []).append(rows)
     assert not leaves, leaves.keys()
-    tensors = {}
     for (name, kind), parts in found.items():
-        width = parts[0].shape[-1] if kind == "kernel" else 1
+        width = parts[0].shape[-1] if kind in MATRICES else 1
         if len(parts) == 3 and names.fused == "grouped":
             parts = [_grouped(*parts)]
         tensor = np.concatenate([part.reshape(-1, width) for part in parts])
-        if kind != "kernel":
+        if kind not in MATRICES:
             tensor = tensor[:, 0]
         tensors[f"{name}.{SUFFIX[kind]}"] = tensor.T if names.input_first else tensor
     return tensors
