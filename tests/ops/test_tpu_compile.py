@@ -24,9 +24,9 @@ WHOLE, BY_HEAD, RESIDUAL = P(BATCH, None, None), P(BATCH, None, "tensor", None),
 
 
 def compiled(num_kv_heads: int):
-    """Value and gradients of lookup, attention and loss, bf16, on the mesh (2, 2, 2) of v5p."""
+    """Value and gradients of lookup, attention and loss, bf16, on the mesh (2, 2, 1, 2) of v5p."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
-    mesh = Mesh(np.array(devices).reshape(2, 2, 2), AXES, axis_types=(AxisType.Explicit,) * 3)
+    mesh = Mesh(np.array(devices).reshape(2, 2, 1, 2), AXES, axis_types=(AxisType.Explicit,) * 4)
     kv_heads = "tensor" if num_kv_heads % 2 == 0 else None
 
     def loss(parameters, tokens, segment_ids):
