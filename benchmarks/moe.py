@@ -21,29 +21,44 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lmjax.mesh import single_device_mesh
+from lmjax.mesh import BATCH_AXES, single_device_mesh
 from lmjax.nn.execution import LayerExecution
 from lmjax.nn.mlp import MLP
 from lmjax.nn.moe import MoE, MoEConfig
+from lmjax.sharding import parameter_spec
 
 SEQUENCES, LENGTH, WIDTH, HIDDEN = 4, 1024, 512, 1024
 MOE = MoEConfig(num_experts=8, experts_per_token=2)
 EXECUTION = LayerExecution(compute_dtype=jnp.dtype("float32"))
 
 
-def layers() -> dict[str, Any]:
+def placed(module: nnx.Module, mesh: Mesh) -> Any:
+    """The module with every parameter where its axes say."""
+    graphdef, variables = nnx.split(module)
+
+    def place(variable: Any) -> jax.Array:
+        value = variable.get_value()
+        return jax.device_put(value, NamedSharding(mesh, parameter_spec(variable.axes, value.shape, mesh.shape)))
+
+    leaves = jax.tree.map(place, variables, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return nnx.merge(graphdef, nnx.to_pure_dict(leaves))
+
+
+def layers(mesh: Mesh) -> dict[str, Any]:
     common: dict[str, Any] = {"activation": "silu", "gated": True, "output_std": 0.02, "key": jax.random.key(0)}
     return {
-        "dense": MLP(WIDTH, MOE.experts_per_token * HIDDEN, bias=False, **common),
-        "experts": MoE(MOE, WIDTH, HIDDEN, **common),
+        "dense": placed(MLP(WIDTH, MOE.experts_per_token * HIDDEN, bias=False, **common), mesh),
+        "experts": placed(MoE(MOE, WIDTH, HIDDEN, **common), mesh),
     }
 
 
 def forward(layer: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     if isinstance(layer, MLP):
         return layer(x, EXECUTION), None
-    return layer(x, jnp.ones(x.shape[:2], bool), EXECUTION)
+    return layer(x, jnp.ones(x.shape[:2], bool, out_sharding=PartitionSpec(BATCH_AXES, None)), EXECUTION)
 
 
 def value_and_gradients() -> Callable[..., Any]:
@@ -54,9 +69,11 @@ def value_and_gradients() -> Callable[..., Any]:
     return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1), has_aux=True))
 
 
-def measure(pairs: int) -> dict[str, Any]:
-    run, found = value_and_gradients(), layers()
-    x, weights = jax.random.normal(jax.random.key(1), (2, SEQUENCES, LENGTH, WIDTH))
+def measure(pairs: int, mesh: Mesh) -> dict[str, Any]:
+    run, found = value_and_gradients(), layers(mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, None))
+    both = jax.random.normal(jax.random.key(1), (2, SEQUENCES, LENGTH, WIDTH))
+    x, weights = jax.device_put(tuple(both), sharding)
     (_, sums), _ = run(found["experts"], x, weights)
     jax.block_until_ready(run(found["dense"], x, weights))  # the first run of each, which is not timed
     seconds: dict[str, list[float]] = {name: [] for name in found}
@@ -79,8 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=9, help="timed runs of each")
     pairs = parser.parse_args().pairs
-    with jax.set_mesh(single_device_mesh()):
-        figures = measure(pairs)
+    mesh = single_device_mesh()
+    with jax.set_mesh(mesh):
+        figures = measure(pairs, mesh)
     result = {
         "name": "moe",
         **figures,

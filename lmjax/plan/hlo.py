@@ -13,6 +13,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _GROUPS_OF_ONE = re.compile(r"replica_groups=(?:\{\{\d+\}|\[\d+,1\]<=)")
+_GROUPS_BY_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
@@ -87,7 +88,7 @@ def collectives(text: str) -> dict[str, Collective]:
     totals: dict[str, Collective] = {}
     for instruction in found:
         kind = instruction.kind.removesuffix("-start")
-        if kind not in KINDS or _GROUPS_OF_ONE.search(instruction.arguments):
+        if kind not in KINDS or _is_alone(instruction.arguments):
             continue
         if kind == "all-reduce" and instruction.computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
@@ -99,6 +100,15 @@ def collectives(text: str) -> dict[str, Collective]:
         count, total = totals.get(kind, (0, 0))
         totals[kind] = Collective(count + 1, total + max(operand_bytes, result_bytes))
     return dict(sorted(totals.items()))
+
+
+def _is_alone(arguments: str) -> bool:
+    """Whether the groups of a collective are of one device: listed, counted, or named by axes of a mesh."""
+    if found := _GROUPS_BY_AXES.search(arguments):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        axes = re.findall(r"'(\w+)'", found[2])
+        return all(sizes.get(axis) == "1" for axis in axes)
+    return _GROUPS_OF_ONE.search(arguments) is not None
 
 
 def num_bytes(type_: str) -> int:

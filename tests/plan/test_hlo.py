@@ -46,7 +46,16 @@ def test_collectives_are_counted_by_kind_with_their_larger_side():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("groups", "count"), [("{{0},{1}}", 0), ("[8,1]<=[8]", 0), ("{{0,1},{2,3}}", 1), ("[4,2]<=[8]", 1), ("{}", 1)]
+    ("groups", "count"),
+    [
+        ("{{0},{1}}", 0),
+        ("[8,1]<=[8]", 0),
+        ("{{0,1},{2,3}}", 1),
+        ("[4,2]<=[8]", 1),
+        ("{}", 1),
+        ("mesh['a'=1,'b'=8] {'a'}", 0),
+        ("mesh['a'=1,'b'=8] {'a','b'}", 1),
+    ],
 )
 def test_within_groups_of_one_device_nothing_is_sent(groups: str, count: int):
     line = f"  %x = f32[4]{{0}} all-reduce(%a), replica_groups={groups}, to_apply=%add\n"
