@@ -79,11 +79,11 @@ test-jax-0.11: ## make test on Python 3.12 or newer with the oldest JAX that it 
 
 .PHONY: proof-plan
 proof-plan: env ## compile the 8B train step for its TPU topology (half an hour)
-	$(pytest) -m proof tests/plan/test_llama3_8b.py
+	$(pytest) -m proof tests/plan/test_published_steps.py -k llama3_8b
 
 .PHONY: proof-moe
-proof-moe: env ## compile Mixtral-8x7B's train step for its TPU topology (some minutes, with the newest JAX)
-	$(pytest) -m proof tests/plan/test_mixtral.py
+proof-moe: env ## compile the train steps of Mixtral-8x7B and DeepSeek-V3 for their TPU topologies (half an hour)
+	$(pytest) -m proof tests/plan/test_published_steps.py -k "not llama3_8b"
 
 ##@ Check
 .PHONY: lint

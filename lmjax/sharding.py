@@ -19,6 +19,8 @@ PARAMETER_RULES: Mapping[str, Rule] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
+    "latent": None,
+    "latent_in": FSDP_AXES,
     "mlp": "tensor",
     "experts": "expert",
     "expert_embed": "fsdp",
@@ -26,7 +28,8 @@ PARAMETER_RULES: Mapping[str, Rule] = {
     "router_experts": None,
     "norm": None,
 }
-"""Where the dimensions of a parameter go. ``norm`` is the one dimension of a scale: small, and the same everywhere."""
+"""Where the dimensions of a parameter go. ``norm`` is the one dimension of a scale: small, and the same everywhere.
+``latent`` is the narrow vector of latent attention as a result, ``latent_in`` the same as what comes in."""
 
 ACTIVATION_RULES: Mapping[str, Rule] = {
     "layers": None,
@@ -37,6 +40,7 @@ ACTIVATION_RULES: Mapping[str, Rule] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
+    "latent": None,
     "mlp": "tensor",
     "vocab": "tensor",
 }

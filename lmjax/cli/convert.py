@@ -50,6 +50,8 @@ def import_(
     print(
         f"{out}: {found.model_type} model of {found.num_parameters:,} parameters, from {found.source_dtype} to float32"
     )
+    if found.left_out:
+        print(f"left out: {found.left_out} tensors of layers that predict further tokens, which no decoder here has")
 
 
 def export(

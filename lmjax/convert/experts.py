@@ -30,12 +30,12 @@ def moe_of(config: DecoderConfig) -> MoEConfig:
     return config.moe or MoEConfig(num_experts=1, experts_per_token=1)
 
 
-def read_experts(settings: Settings, num_layers: int, **fields: Any) -> dict[str, Any]:
+def read_experts(settings: Settings, kinds: Sequence[MLPKind], **fields: Any) -> dict[str, Any]:
     """``moe``, with these ``fields``, and ``mlp_dim``, of the families in which some layers may be dense.
 
-    Where none is, ``mlp_dim`` is the experts' width, whatever ``intermediate_size`` says.
+    ``kinds`` are those of all layers. Where none is dense, ``mlp_dim`` is the experts' width, whatever
+    ``intermediate_size`` says.
     """
-    kinds = _read_kinds(settings, num_layers)
     width = settings.take("moe_intermediate_size")
     moe = read_moe(
         settings,
@@ -47,7 +47,7 @@ def read_experts(settings: Settings, num_layers: int, **fields: Any) -> dict[str
     return {"mlp_dim": settings.take("intermediate_size") if "dense" in kinds else width, "moe": moe}
 
 
-def _read_kinds(settings: Settings, num_layers: int) -> list[MLPKind]:
+def read_kinds(settings: Settings, num_layers: int) -> list[MLPKind]:
     """Every ``decoder_sparse_step``-th layer has experts, but not those of ``mlp_only_layers``."""
     step, dense = settings.take("decoder_sparse_step", 1), settings.take("mlp_only_layers", None) or []
     if step < 1:

@@ -17,6 +17,7 @@ from lmjax.convert.budget import BASE_BYTES, DEFAULT_BUDGET, Need, at_once
 from lmjax.convert.card import Training, model_card
 from lmjax.convert.casting import cast_into
 from lmjax.convert.families import FAMILIES
+from lmjax.convert.family import IN_FLOAT32
 from lmjax.convert.importing import EXTRA_FILE, copy_files, read_extras
 from lmjax.convert.layouts import Experts, Table
 from lmjax.convert.output import new_directory
@@ -136,11 +137,17 @@ def export_model(
     keys = _config_keys(family.model_type, family.architecture, family.write_config(config), settings, special_tokens)
     if settings is not None and is_unchanged(family, settings, config):
         keys = dict(settings)
+        if family.further_layers in keys:
+            keys[family.further_layers] = 0
     keys["dtype" if "dtype" in keys else "torch_dtype"] = dtype
     extras = {} if huggingface is None else read_extras(huggingface)
     with new_directory(out) as directory:
         writer = SafetensorsWriter(
-            directory, [(piece.name, piece.shape) for piece in wanted], dtype=dtype, shard_bytes=shard_bytes
+            directory,
+            [(piece.name, piece.shape) for piece in wanted],
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+            in_float32={piece.name for piece in wanted if _is_exact(piece)},
         )
         done = 0
         try:
@@ -204,7 +211,8 @@ def _assembled(
     """The tensors one after the other; so many are put together ahead of the one that the caller has."""
 
     def assemble(piece: Piece) -> np.ndarray:
-        return assemble_tensor(parameters, piece, dtype, extras.get(piece.name), block_bytes)
+        own = DTYPES["float32"] if _is_exact(piece) else dtype
+        return assemble_tensor(parameters, piece, own, extras.get(piece.name), block_bytes)
 
     if not ahead:
         yield from ((piece, assemble(piece)) for piece in wanted)
@@ -216,6 +224,11 @@ def _assembled(
             if after is not None:
                 following = thread.submit(assemble, after)
             yield piece, tensor
+
+
+def _is_exact(piece: Piece) -> bool:
+    """Whether a tensor is float32 in files of every dtype."""
+    return piece.parts[0].path.rpartition("/")[2] in IN_FLOAT32
 
 
 def assemble_tensor(

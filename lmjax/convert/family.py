@@ -9,8 +9,17 @@ from lmjax.convert.settings import Settings
 from lmjax.errors import InputError
 from lmjax.models.config import DecoderConfig
 
-SUFFIXES = {"kernel": "weight", "matrix": "weight", "scale": "weight", "bias": "bias", "table": "weight"}
+SUFFIXES = {
+    "kernel": "weight",
+    "matrix": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "table": "weight",
+    "choice_bias": "e_score_correction_bias",
+}
 """The last name of a parameter, with us and in the files."""
+IN_FLOAT32 = frozenset({"choice_bias"})
+"""Those whose tensors are float32 whatever the others are: rounding them would change what is chosen."""
 
 LINEAR = Rows(num_inputs=1)
 """(out, in), as torch.nn.Linear."""
@@ -66,6 +75,8 @@ class Family:
     """Rows of the position table before that of position 0."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of tensors that some files have and that hold nothing: masks, frequencies."""
+    further_layers: str | None = None
+    """The key that counts layers after the last one, for the prediction of further tokens; these are left out."""
 
 
 def norm(ours: str, theirs: str) -> Part:

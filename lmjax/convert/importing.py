@@ -53,6 +53,8 @@ class Imported:
     num_parameters: int
     source_dtype: str
     source_bytes: int
+    left_out: int
+    """Tensors of layers that predict further tokens."""
 
 
 def import_model(
@@ -113,14 +115,16 @@ def import_model(
         num_parameters=source.num_parameters,
         source_dtype=source.dtype,
         source_bytes=source.num_bytes,
+        left_out=len(source.left_out),
     )
 
 
 def model_yaml(config: DecoderConfig, source: str) -> str:
     """The ``model`` section of a config: what differs from the defaults."""
     changed = _changed(config, _tree(config))
-    if config.moe is not None:
-        changed["moe"] = _changed(config.moe, changed["moe"])
+    for name in ("latent", "moe"):
+        if (section := getattr(config, name)) is not None:
+            changed[name] = _changed(section, changed[name])
     text = yaml.safe_dump({"model": changed}, sort_keys=False, width=120)
     return f"# {source}, by `lmjax convert import`; `base:` of a config takes this file.\n{text}"
 

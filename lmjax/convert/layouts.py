@@ -36,7 +36,7 @@ class Rows:
 
     ``grouped`` fuses queries, keys and values head by head: for each key head its query heads, itself, and its value
     head. One query head a key head is the layout (heads, 3, head_dim) of GPT-NeoX and BLOOM, one key head that of
-    Falcon 7B, and groups in between that of Falcon 40B.
+    Falcon 7B, and groups in between that of Falcon 40B. DeepSeek has keys and values so, of two widths.
     """
 
     num_inputs: int
@@ -55,27 +55,26 @@ class Rows:
 
     def read(self, tensor: np.ndarray, parts: Sequence[Shape], number: int) -> np.ndarray:
         rows = tensor.T if self.input_first else tensor
-        if self.order == "grouped" and len(parts) > 1:
-            heads, width = parts[1][self.num_inputs :]
-            groups = rows.reshape(heads, -1, width, *rows.shape[1:])
-            chosen = groups[:, (slice(None, -2), slice(-2, -1), slice(-1, None))[number]]
-            rows = chosen.reshape(-1, *rows.shape[1:])
-        else:
-            sizes = [math.prod(shape[self.num_inputs :]) for shape in parts]
-            start = sum(sizes[:number])
-            rows = rows[start : start + sizes[number]]
+        groups = self._groups(parts)
+        sizes = [math.prod(shape[self.num_inputs :]) // groups for shape in parts]
+        start = sum(sizes[:number])
+        of_group = rows.reshape(groups, -1, *rows.shape[1:])[:, start : start + sizes[number]]
+        rows = of_group.reshape(-1, *rows.shape[1:])
         return (rows.T if self.num_inputs else rows).reshape(parts[number])
 
     def write(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         rows = [self._rows(part) for part in parts]
-        if self.order == "grouped" and len(parts) > 1:
-            heads, width = parts[1].shape[self.num_inputs :]
-            groups = [part.reshape(heads, -1, width, *part.shape[1:]) for part in rows]
-            fused = np.concatenate(groups, axis=1)
-            fused = fused.reshape(-1, *rows[0].shape[1:])
+        groups = self._groups([part.shape for part in parts])
+        if len(rows) == 1:
+            fused = rows[0]
         else:
-            fused = rows[0] if len(rows) == 1 else np.concatenate(rows)
+            of_groups = [part.reshape(groups, -1, *part.shape[1:]) for part in rows]
+            fused = np.concatenate(of_groups, axis=1).reshape(-1, *rows[0].shape[1:])
         return fused.T if self.input_first else fused
+
+    def _groups(self, parts: Sequence[Shape]) -> int:
+        """How often the tensor has some rows of each part, one part after the other: once, or for each key head."""
+        return parts[-1][self.num_inputs] if self.order == "grouped" and len(parts) > 1 else 1
 
     def _rows(self, part: np.ndarray) -> np.ndarray:
         if not self.num_inputs:

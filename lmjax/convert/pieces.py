@@ -103,3 +103,10 @@ def _blocks(config: DecoderConfig) -> Iterator[tuple[str, int]]:
 def is_ignored(family: Family, name: str) -> bool:
     """Whether a tensor of the files is one that holds nothing."""
     return any(re.fullmatch(pattern, name) for pattern in family.ignored)
+
+
+def is_of_further_layer(family: Family, config: DecoderConfig, name: str) -> bool:
+    """Whether a tensor of the files is of a layer after the last one, as some families have them."""
+    before, after = family.layer.split("{}")
+    found = re.match(rf"{re.escape(before)}(\d+){re.escape(after)}\.", name)
+    return family.further_layers is not None and found is not None and int(found[1]) >= config.num_layers

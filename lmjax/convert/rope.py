@@ -94,6 +94,8 @@ def read_scaling(settings: Settings, parameters: dict[str, Any]) -> RopeScaling 
         within = parameters.pop("original_max_position_embeddings", None)
         # transformers takes the length of the model for the one that dynamic scaling was trained on.
         found["original_length"] = longest if name == "dynamic" else beside or within or longest
+    if name == "yarn":
+        parameters["attention_factor"] = _yarn_attention_factor(parameters)
     if name == "longrope":
         factor = parameters.pop("factor", None) or longest / found["original_length"]
         given = parameters.pop("attention_factor", None)
@@ -116,6 +118,19 @@ def _number(value: Any) -> Any:
 def _longrope_attention_factor(factor: float, original_length: int) -> float:
     """As transformers' ``_compute_longrope_parameters`` has it."""
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_length))
+
+
+def _yarn_attention_factor(parameters: dict[str, Any]) -> float | None:
+    """As transformers' ``_compute_yarn_parameters`` has it; the keys of DeepSeek are taken out."""
+    given, mscale, of_all = (parameters.pop(key, None) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if given is None and mscale and of_all:
+        return yarn_mscale(parameters["factor"], mscale) / yarn_mscale(parameters["factor"], of_all)
+    return given
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """By how much longer rows sharpen attention: YaRN's temperature (arXiv 2309.00071, equation 22), weighted."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _refuse_rest(settings: Settings, name: str, parameters: Mapping[str, Any]) -> None:

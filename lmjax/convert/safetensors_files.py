@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -109,6 +109,19 @@ def _size(stored: Stored) -> int:
     return math.prod(stored.shape) * stored.dtype.itemsize
 
 
+class Tensor(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """Its name in the format."""
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
 class Shard(NamedTuple):
     """A file to be written, and where its tensors go."""
 
@@ -130,12 +143,14 @@ class SafetensorsWriter:
         *,
         dtype: Literal["float32", "bfloat16"],
         shard_bytes: int,
+        in_float32: Collection[str] = (),
     ):
         """``tensors`` are the names and shapes of all that will be written, in the order in which they lie in the
-        files; a shard has at most ``shard_bytes`` of them, or a single tensor."""
-        self._dtype = DTYPES[WRITTEN[dtype]]
+        files; a shard has at most ``shard_bytes`` of them, or a single tensor. Those named by ``in_float32`` are that
+        whatever ``dtype`` is."""
         self._directory = directory
-        self._shards = _plan(directory, tensors, dtype, shard_bytes)
+        planned = [Tensor(name, shape, WRITTEN["float32" if name in in_float32 else dtype]) for name, shape in tensors]
+        self._shards = _plan(directory, planned, shard_bytes)
         self._shard_of = {name: shard for shard in self._shards for name in shard.places}
         assert len(self._shard_of) == len(tensors), "two tensors have one name"
         self._left = {shard.path: set(shard.places) for shard in self._shards}
@@ -161,8 +176,8 @@ class SafetensorsWriter:
             for start in range(0, len(rows), step):
                 part = rows[start : start + step]
                 piece = part
-                if part.dtype != self._dtype or not part.flags.c_contiguous:
-                    piece = np.empty(part.shape, self._dtype)
+                if part.dtype != place.dtype or not part.flags.c_contiguous:
+                    piece = np.empty(part.shape, place.dtype)
                     cast_into(piece, part)
                 content = piece.reshape(-1).view(np.uint8).data
                 for begin in range(0, len(content), WRITE_BYTES):
@@ -212,31 +227,29 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _plan(directory: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: str, shard_bytes: int) -> list[Shard]:
+def _plan(directory: Path, tensors: Sequence[Tensor], shard_bytes: int) -> list[Shard]:
     """Cut the tensors into shards, in their order."""
-    itemsize = DTYPES[WRITTEN[dtype]].itemsize
-    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    groups: list[list[Tensor]] = [[]]
     held = 0
-    for name, shape in tensors:
-        size = math.prod(shape) * itemsize
-        if groups[-1] and held + size > shard_bytes:
+    for tensor in tensors:
+        if groups[-1] and held + tensor.num_bytes > shard_bytes:
             groups.append([])
             held = 0
-        groups[-1].append((name, shape))
-        held += size
+        groups[-1].append(tensor)
+        held += tensor.num_bytes
     count = len(groups)
     names = [SINGLE]
     if count > 1:
         names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-    return [_shard(directory / name, group, dtype) for name, group in zip(names, groups, strict=True)]
+    return [_shard(directory / name, group) for name, group in zip(names, groups, strict=True)]
 
 
-def _shard(path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> Shard:
+def _shard(path: Path, tensors: Sequence[Tensor]) -> Shard:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in tensors:
-        begin, end = end, end + math.prod(shape) * DTYPES[WRITTEN[dtype]].itemsize
-        entries[name] = {"dtype": WRITTEN[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    for tensor in tensors:
+        begin, end = end, end + tensor.num_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     del entries["__metadata__"]

@@ -18,7 +18,7 @@ from lmjax.convert.family import Family
 from lmjax.convert.gguf_files import find_gguf, gguf_config
 from lmjax.convert.layouts import Experts, Rows, Shape, Table
 from lmjax.convert.mismatch import describe_mismatch
-from lmjax.convert.pieces import Piece, is_ignored, pieces
+from lmjax.convert.pieces import Piece, is_ignored, is_of_further_layer, pieces
 from lmjax.convert.settings import CONFIG_FILE, Settings, read_config_file
 from lmjax.convert.tensors import TensorFiles, TensorInfo, open_tensors
 from lmjax.errors import InputError
@@ -127,6 +127,8 @@ class Source:
     files: TensorFiles
     pieces: tuple[Piece, ...]
     """The tensors that are read, with the names that they have in the files."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of layers that predict further tokens, which the decoder has not."""
 
     @property
     def huggingface(self) -> Path:
@@ -216,6 +218,8 @@ def open_source(path: str | Path) -> Source:
     files = open_tensors(path if gguf is None else gguf)
     wanted = pieces(family, config)
     names = _names_in_files(family, wanted, files)
+    left_out = tuple(inner for name, inner in names.items() if is_of_further_layer(family, config, name))
+    names = {name: inner for name, inner in names.items() if inner not in left_out}
     tied = f"{family.head}.weight" if config.tie_embeddings else None
     _check(path, family, wanted, names, files, tied)
     renamed = [piece._replace(name=names[piece.name]) for piece in wanted]
@@ -229,6 +233,7 @@ def open_source(path: str | Path) -> Source:
         leaves=dict(_leaves(renamed, files)),
         files=files,
         pieces=tuple(renamed),
+        left_out=left_out,
     )
 
 

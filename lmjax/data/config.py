@@ -159,7 +159,7 @@ class DataConfig:
     validation_fraction: float = 0.01
     """Part of the documents that is held out, chosen by a hash of the text; 0 holds none out."""
     shard_bytes: int = 256 * 2**20
-    """Bytes of tokens at which a shard is full."""
+    """Most bytes of tokens in a shard; a dataset that would have few of these is cut into several smaller ones."""
     num_workers: int | None = None
     """Processes that prepare; null is one a CPU core. The dataset does not depend on it."""
     sequence_length: int

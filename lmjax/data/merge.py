@@ -14,6 +14,9 @@ from lmjax.data.index import ShardEntry
 from lmjax.data.parts import SPLITS, Volume, read_splits, read_tokens
 from lmjax.data.shards import shard_file, write_shard
 
+SHARDS, MIN_SHARD_BYTES = 16, 2**23
+"""Into so many shards a dataset is cut before these reach the size that is asked for, if each has so many bytes: several
+processes write them at once."""
 COUNTED_TOKENS = 2**17
 """How many tokens are counted at a time: each takes 8 bytes for a moment."""
 
@@ -69,14 +72,17 @@ class Selection(NamedTuple):
 
 
 def select(volumes: Sequence[Volume], *, directory: Path, shard_bytes: int, dtype: str, vocab_size: int) -> Selection:
-    """Share out all documents but duplicates, in the order of the volumes, over shards of about ``shard_bytes``.
+    """Share out all documents but duplicates, in the order of the volumes, over shards of about ``shard_bytes``, or of
+    less where there would be few of them.
 
     Sources with names have shards of their own. Memory: the digest, the length and the number of every document.
     """
-    shard_tokens = max(shard_bytes // np.dtype(dtype).itemsize, 1)
     jobs, lengths_of_jobs = [], []
     duplicates = 0
     digests, lengths_of_volumes = _read(volumes)
+    itemsize = np.dtype(dtype).itemsize
+    total = itemsize * sum(int(lengths.sum()) for of_split in lengths_of_volumes.values() for lengths in of_split)
+    shard_tokens = max(min(shard_bytes, max(total // SHARDS, MIN_SHARD_BYTES)) // itemsize, 1)
     for split in SPLITS:
         shards: dict[str | None, dict[int, list[tuple[Take, np.ndarray]]]] = {}
         tokens_before: dict[str | None, int] = collections.defaultdict(int)

@@ -22,20 +22,16 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype,
     in ``dtype``, sharded by batch over data, fsdp and expert, and by kv_heads over ``tensor`` where that divides them.
     """
 
-    def zeros(repeats: int, kind: AttentionKind):
+    heads, *widths = config.cache_shape
+
+    def layer(repeats: int, kind: AttentionKind) -> LayerCache:
         window = config.window(kind)
         kept = slots if window is None else min(slots, slots_of_window(window, part))
-        shape = (repeats, batch, config.kv_heads, kept, config.head_width)
-        spec = activation_spec(("layers", "batch", "kv_heads", "seq", "head_dim"), shape)
-        return jnp.zeros(shape, dtype, out_sharding=spec)
+        shapes = [(repeats, batch, heads, kept, width) for width in widths]
+        axes = ("layers", "batch", "kv_heads", "seq", "head_dim")
+        return LayerCache(*(jnp.zeros(shape, dtype, out_sharding=activation_spec(axes, shape)) for shape in shapes))
 
-    return [
-        tuple(
-            LayerCache(zeros(segment.repeats, kind.attention), zeros(segment.repeats, kind.attention))
-            for kind in segment.pattern
-        )
-        for segment in config.segments
-    ]
+    return [tuple(layer(segment.repeats, kind.attention) for kind in segment.pattern) for segment in config.segments]
 
 
 def repeat_rows(cache: list[GroupCache], times: int) -> list[GroupCache]:

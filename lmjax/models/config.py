@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from lmjax.nn.attention import AttentionOptions
+from lmjax.nn.attention_latent import LatentConfig
 from lmjax.nn.mlp import Activation
 from lmjax.nn.moe import MLPKind, MoEConfig
 from lmjax.nn.norm import NormKind
@@ -51,6 +52,9 @@ class DecoderConfig:
     """Key and value heads, each shared by num_heads / num_kv_heads query heads; num_heads of them by default."""
     head_dim: int | None = None
     """Width of a head; embed_dim / num_heads by default."""
+    latent: LatentConfig | None = None
+    """Keys and values made of one narrow vector a token (multi-head latent attention), with head_dim as the width of
+    queries and keys; null makes them of the residual stream."""
     mlp_dim: int
     """Width of the MLP's hidden layer."""
     moe: MoEConfig | None = None
@@ -135,6 +139,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_heads()
+        if self.latent is not None:
+            self._check_latent(self.latent)
         self._check_positions()
         if ("sliding" in self.layer_pattern) != (self.sliding_window is not None):
             raise ValueError(
@@ -190,6 +196,26 @@ class DecoderConfig:
                 "head serves the same number of query heads"
             )
 
+    def _check_latent(self, latent: LatentConfig) -> None:
+        if self.head_dim is None or self.head_dim <= latent.rope_dim:
+            raise ValueError(
+                f"latent.rope_dim is {latent.rope_dim} and head_dim {self.head_dim}: give a head_dim above rope_dim, "
+                "the width of queries and keys with what is rotated of them"
+            )
+        ineffective = {
+            "num_kv_heads": self.kv_heads != self.num_heads,
+            "position": self.position != "rope",
+            "rope_fraction": self.rope_fraction != 1,
+            "qk_norm": self.qk_norm is not None,
+            "qkv_bias": self.qkv_bias,
+            "qkv_clip": self.qkv_clip is not None,
+        }
+        if given := [name for name, is_given in ineffective.items() if is_given]:
+            raise ValueError(
+                f"{given[0]} is {getattr(self, given[0])} and latent is given: there each head has keys of its own, "
+                "rotated as latent.rope_dim says, without norm, bias or limit. Leave one of the two out"
+            )
+
     def _check_positions(self) -> None:
         owners = {
             "rope": ("rope_theta", "rope_theta_sliding", "rope_fraction", "rope_interleaved", "rope_scaling"),
@@ -211,6 +237,7 @@ class DecoderConfig:
             raise ValueError(f"rope_fraction is {self.rope_fraction}; it is a part of a head, so at most 1")
         if self.rope_width % 2 or not self.rope_width:
             what = "head_dim" if self.rope_fraction == 1 else "the rotated part of a head, head_dim x rope_fraction,"
+            what = what if self.latent is None else "latent.rope_dim"
             raise ValueError(f"{what} is {self.rope_width}; rotary positions turn pairs, so it has to be even")
         if self.rope_theta_sliding is not None and "sliding" not in self.layer_pattern:
             raise ValueError("rope_theta_sliding has an effect in sliding blocks only, and layer_pattern has none")
@@ -230,8 +257,22 @@ class DecoderConfig:
         return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def value_width(self) -> int:
+        """Of a head's values."""
+        return self.head_width if self.latent is None else self.latent.value_dim
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Heads in a KV cache, and the widths of their keys and values."""
+        if self.latent is None:
+            return self.kv_heads, self.head_width, self.head_width
+        return 1, self.latent.kv_rank + self.latent.rope_dim, self.latent.kv_rank
+
+    @property
     def rope_width(self) -> int:
         """Dimensions of a head that are rotated."""
+        if self.latent is not None:
+            return self.latent.rope_dim
         return int(self.head_width * self.rope_fraction)
 
     @property

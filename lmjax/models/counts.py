@@ -33,7 +33,7 @@ def training_flops(config: DecoderConfig, batch_size: int, length: int) -> int:
     """
     matrices = config.num_layers * _attention_matrices(config) + config.vocab_size * config.embed_dim
     matrices += sum(_feed_forward(config, kind, active=True) for kind in config.blocks)
-    per_key = 2 * 2 * config.num_heads * config.head_width  # scores and weighted values
+    per_key = 2 * config.num_heads * (config.head_width + config.value_width)  # scores and weighted values
     keys = 0
     for segment in config.segments:
         for kind in segment.pattern:
@@ -48,7 +48,12 @@ def _visible_keys(length: int, window: int | None) -> int:
 
 
 def _attention_matrices(config: DecoderConfig) -> int:
-    return config.embed_dim * config.head_width * (2 * config.num_heads + 2 * config.kv_heads)
+    D, N, H = config.embed_dim, config.num_heads, config.head_width
+    if (latent := config.latent) is None:
+        return D * H * (2 * N + 2 * config.kv_heads)
+    queries = D * N * H if latent.query_rank is None else latent.query_rank * (D + N * H)
+    keys = D * (latent.kv_rank + latent.rope_dim) + latent.kv_rank * N * (H - latent.rope_dim)
+    return queries + keys + (latent.kv_rank + D) * N * latent.value_dim
 
 
 def _feed_forward(config: DecoderConfig, kind: BlockKind, *, active: bool) -> int:
@@ -77,6 +82,10 @@ def _norms_of_block(config: DecoderConfig) -> int:
 
 
 def _head_scales(config: DecoderConfig) -> int:
-    """Norms of queries and keys, and sinks."""
-    scales = {None: 0, "head": 2, "full": config.num_heads + config.kv_heads}[config.qk_norm] * config.head_width
+    """Norms of queries and keys, or of the vectors that these are made of, and sinks."""
+    if (latent := config.latent) is not None:
+        scales = latent.kv_rank + (latent.query_rank or 0)
+    else:
+        heads = {None: 0, "head": 2, "full": config.num_heads + config.kv_heads}[config.qk_norm]
+        scales = heads * config.head_width
     return scales + (config.num_heads if config.attention_sinks else 0)

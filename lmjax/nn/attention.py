@@ -122,39 +122,53 @@ class Attention(nnx.Module):
         if options.rope is not None:
             assert rotation is not None
             q_BTNH, k_BTKH = options.rope.rotate(q_BTNH, rotation), options.rope.rotate(k_BTKH, rotation)
-        q_BTNH, k_BTKH, v_BTKH = tag(q_BTNH, "query"), tag(k_BTKH, "key"), tag(v_BTKH, "value")
-        slopes_N = None
-        if options.slopes is not None:
-            slopes_N = jnp.asarray(options.slopes, jnp.float32)
         sinks_N = None if self.sinks is None else self.sinks[...]
-        if cache is None:
-            out_BTNH = attention(
-                q_BTNH,
-                k_BTKH,
-                v_BTKH,
-                mask=Mask(causal=True, window=options.window),
-                segment_ids=rows.segment_ids_BT,
-                prefix=rows.prefix_BT,
-                slopes=slopes_N,
-                sinks=sinks_N,
-                scale=options.query_scale,
-                softcap=options.softcap,
-                kernel=execution.attention_kernel,
-                platform=execution.platform,
-                save_as="attention_out",
-            )
-        else:
-            assert write is not None
-            cache, here, key_positions_BS = appended(cache, k_BTKH, v_BTKH, write)
-            out_BTNH = cached_attention(
-                q_BTNH,
-                *here,
-                rows.positions_BT,
-                key_positions_BS,
-                slopes_N,
-                sinks_N,
-                window=options.window,
-                scale=options.query_scale,
-                softcap=options.softcap,
-            )
+        out_BTNH, cache = attend(options, q_BTNH, k_BTKH, v_BTKH, sinks_N, rows, execution, cache, write)
         return self.out(out_BTNH, execution), cache
+
+
+def attend(
+    options: AttentionOptions,
+    q_BTNH: Float[Array, "batch seq heads head_dim"],
+    k_BTKH: Float[Array, "batch seq kv_heads head_dim"],
+    v_BTKH: Float[Array, "batch seq kv_heads value_dim"],
+    sinks_N: Float[Array, " heads"] | None,
+    rows: Rows,
+    execution: LayerExecution,
+    cache: LayerCache | None,
+    write: CacheWrite | None,
+) -> tuple[Float[Array, "batch seq heads value_dim"], LayerCache | None]:
+    """What the queries find among these keys, or with a cache among all that are in it; and the cache with these."""
+    q_BTNH, k_BTKH, v_BTKH = tag(q_BTNH, "query"), tag(k_BTKH, "key"), tag(v_BTKH, "value")
+    slopes_N = None if options.slopes is None else jnp.asarray(options.slopes, jnp.float32)
+    if cache is None:
+        out_BTNH = attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            mask=Mask(causal=True, window=options.window),
+            segment_ids=rows.segment_ids_BT,
+            prefix=rows.prefix_BT,
+            slopes=slopes_N,
+            sinks=sinks_N,
+            scale=options.query_scale,
+            softcap=options.softcap,
+            kernel=execution.attention_kernel,
+            platform=execution.platform,
+            save_as="attention_out",
+        )
+        return out_BTNH, None
+    assert write is not None
+    cache, here, key_positions_BS = appended(cache, k_BTKH, v_BTKH, write)
+    out_BTNH = cached_attention(
+        q_BTNH,
+        *here,
+        rows.positions_BT,
+        key_positions_BS,
+        slopes_N,
+        sinks_N,
+        window=options.window,
+        scale=options.query_scale,
+        softcap=options.softcap,
+    )
+    return out_BTNH, cache

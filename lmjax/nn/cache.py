@@ -17,11 +17,12 @@ from jaxtyping import Array, Float, Int
 class LayerCache(NamedTuple):
     """Keys (rotated) and values, one slot a token: stacked over layers as their parameters are, or of one layer.
 
-    Heads come before slots, so that a head's keys are a matrix that products read as it lies.
+    Heads come before slots, so that a head's keys are a matrix that products read as it lies. Latent attention has one
+    head: its keys are a latent vector and a rotated key, its values the latent vectors.
     """
 
     keys: Float[Array, "*layers batch kv_heads slots head_dim"]
-    values: Float[Array, "*layers batch kv_heads slots head_dim"]
+    values: Float[Array, "*layers batch kv_heads slots value_dim"]
 
 
 class CacheWrite(NamedTuple):
@@ -45,7 +46,7 @@ def slots_of_window(window: int, part: int) -> int:
 def appended(
     cache: LayerCache,
     k_BTKH: Float[Array, "batch T kv_heads head_dim"],
-    v_BTKH: Float[Array, "batch T kv_heads head_dim"],
+    v_BTKH: Float[Array, "batch T kv_heads value_dim"],
     write: CacheWrite,
 ) -> tuple[LayerCache, LayerCache, Int[Array, "batch slots"]]:
     """The stacked cache with the new keys and values in it, the part of this layer, and the position in each slot.

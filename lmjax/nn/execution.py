@@ -1,8 +1,11 @@
 """How a forward pass is carried out: what changes speed, memory and rounding, and never the function."""
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
+
+from lmjax.ops.experts import ExpertExchange
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,5 +18,7 @@ class LayerExecution:
     """Whether devices sum the gradients of matrices in float32 (otherwise in the compute dtype)."""
     attention_kernel: str = "auto"
     """A name of ``lmjax.ops.attention``'s table, or auto."""
+    expert_exchange: ExpertExchange | Literal["auto"] = "auto"
+    """How tokens reach experts on other devices."""
     platform: str = "cpu"
     """What the mesh's devices are: cpu, gpu or tpu. A compile for absent devices cannot ask them."""

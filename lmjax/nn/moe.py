@@ -11,7 +11,7 @@ from lmjax.nn.execution import LayerExecution
 from lmjax.nn.mlp import ACTIVATIONS, MLP, Activation
 from lmjax.nn.param import STD, Projection, constant, matrix
 from lmjax.nn.tags import tag
-from lmjax.ops.experts import EXPERT_AXES, ExpertOptions, ExpertParams, expert_mlp
+from lmjax.ops.experts import EXPERT_AXES, ExpertOptions, ExpertParams, choose_exchange, expert_mlp
 from lmjax.ops.routing import RouterOptions, RouterSums
 from lmjax.schema import config_class
 
@@ -204,6 +204,7 @@ class MoE(nnx.Module):
             router=config.router,
             activation=ACTIVATIONS[self.activation],
             capacity_factor=config.capacity_factor if may_drop else None,
+            exchange=choose_exchange(execution.expert_exchange, config.experts_per_token, execution.platform),
             jitter=config.jitter,
             platform=execution.platform,
             reduce_f32=execution.reduce_in_float32,

@@ -137,7 +137,7 @@ def _objection(entry: Kernel, wanted: frozenset[str], platform: str, length: int
 def attention(
     q_BTNH: Float[Array, "batch T heads head_dim"],
     k_BTKH: Float[Array, "batch T kv_heads head_dim"],
-    v_BTKH: Float[Array, "batch T kv_heads head_dim"],
+    v_BTKH: Float[Array, "batch T kv_heads value_dim"],
     *,
     mask: Mask,
     segment_ids: Int[Array, "batch T"] | None,
@@ -149,7 +149,7 @@ def attention(
     kernel: str = "auto",
     platform: str | None = None,
     save_as: str | None = None,
-) -> Float[Array, "batch T heads head_dim"]:
+) -> Float[Array, "batch T heads value_dim"]:
     """softmax(scores) v under ``mask``, within each segment, in the dtype of q; the softmax is in float32.
 
     Scores are scale q k^T, capped by ``softcap``, less ``slopes`` (of ALiBi) times the distance; ``sinks`` are scores

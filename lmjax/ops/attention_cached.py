@@ -14,7 +14,7 @@ from lmjax.ops.attention_scores import adjusted, expanded, softmax
 def cached_attention(
     q_BTNH: Float[Array, "batch seq heads head_dim"],
     k_BKSH: Float[Array, "batch kv_heads slots head_dim"],
-    v_BKSH: Float[Array, "batch kv_heads slots head_dim"],
+    v_BKSH: Float[Array, "batch kv_heads slots value_dim"],
     query_positions_BT: Int[Array, "batch seq"],
     key_positions_BS: Int[Array, "batch slots"],
     slopes_N: Float[Array, " heads"] | None = None,
@@ -23,7 +23,7 @@ def cached_attention(
     window: int | None,
     scale: float,
     softcap: float | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
+) -> Float[Array, "batch seq heads value_dim"]:
     """Attention over the slots that hold the same or an earlier position, in the dtype of q, the softmax in float32.
 
     With ``window``, query i sees key j where i - window < j <= i. A slot whose position is -1 is empty. A query whose
@@ -57,4 +57,4 @@ def cached_attention(
     weights_BKGTS = jnp.where(expanded(visible_BTS), weights_BKGTS, 0.0).astype(v_BKSH.dtype)
     weights_BKMS = of_heads(weights_BKGTS, K, N // K * T, -1)
     out_BKMH = jax.lax.dot_general(weights_BKMS, v_BKSH, (((3,), (2,)), ((0, 1), (0, 1))))
-    return jnp.swapaxes(of_heads(out_BKMH, N, T, H), 1, 2)
+    return jnp.swapaxes(of_heads(out_BKMH, N, T, v_BKSH.shape[3]), 1, 2)

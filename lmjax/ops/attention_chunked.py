@@ -1,6 +1,6 @@
 """Attention by blocks of queries and keys with a running softmax: memory linear in the length, backward pass included.
 
-Legend: B batch, T positions, N query heads, K kv heads, G query heads per kv head, H head_dim;
+Legend: B batch, T positions, N query heads, K kv heads, G query heads per kv head, H head_dim, of values another one;
 I blocks, C positions of a block (of queries), S positions of a block (of keys).
 """
 
@@ -23,7 +23,7 @@ BLOCK = 512
 def chunked_attention(
     q_BTNH: Float[Array, "batch T heads head_dim"],
     k_BTKH: Float[Array, "batch T kv_heads head_dim"],
-    v_BTKH: Float[Array, "batch T kv_heads head_dim"],
+    v_BTKH: Float[Array, "batch T kv_heads value_dim"],
     segment_ids_BT: Int[Array, "batch T"] | None,
     prefix_BT: Bool[Array, "batch T"] | None = None,
     slopes_N: Float[Array, " heads"] | None = None,
@@ -34,7 +34,7 @@ def chunked_attention(
     softcap: float | None = None,
     save_as: str | None = None,
     block: int = BLOCK,
-) -> Float[Array, "batch T heads head_dim"]:
+) -> Float[Array, "batch T heads value_dim"]:
     """What ``reference_attention`` gives, visiting only the pairs of blocks that ``mask`` does not hide entirely.
 
     FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) with the pairs in one scan, so that the compiled program is
@@ -63,7 +63,7 @@ def chunked_attention(
         slopes_KG,
         sinks_KG,
     )
-    return out_IBCKGH.swapaxes(0, 1).reshape(B, num_blocks * size, N, H)[:, :T]
+    return out_IBCKGH.swapaxes(0, 1).reshape(B, num_blocks * size, N, -1)[:, :T]
 
 
 class Options(NamedTuple):
@@ -107,7 +107,7 @@ def _blocked(options: Options, *inputs):
 
 def _forward(options: Options, *arrays):
     inputs = Inputs(*arrays)
-    num_blocks, B, size, K, G, H = inputs.q_IBCKGH.shape
+    num_blocks, B, size, K, G, _ = inputs.q_IBCKGH.shape
     rows = (num_blocks, B, K, G, size)
 
     def body(state, pair):
@@ -132,7 +132,7 @@ def _forward(options: Options, *arrays):
     else:  # a sink is a key that was seen already, and has no value
         first_max = jnp.broadcast_to(inputs.sinks_KG[:, :, None].astype(jnp.float32), rows)
         first_sum = jnp.ones(rows)
-    state = (first_max, first_sum, jnp.zeros((*rows, H)))
+    state = (first_max, first_sum, jnp.zeros((*rows, inputs.v_IBSKH.shape[-1])))
     (max_, sum_, out), _ = jax.lax.scan(body, state, _pairs(options, inputs))
     sees_something = sum_ > 0
     sum_ = jnp.where(sees_something, sum_, 1.0)

@@ -1,7 +1,7 @@
 """Attention in plain jnp: all scores of a row, or of a block of queries, at once. What other kernels are compared with.
 
 Legend: B batch, T query positions, S key positions, N query heads, K kv heads, G query heads per kv head,
-R rows of a product (the queries of all heads of a group), H head_dim.
+R rows of a product (the queries of all heads of a group), H head_dim; values may have a width of their own.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from lmjax.ops.attention_scores import adjusted, softmax
 def reference_attention(
     q_BTNH: Float[Array, "batch T heads head_dim"],
     k_BSKH: Float[Array, "batch S kv_heads head_dim"],
-    v_BSKH: Float[Array, "batch S kv_heads head_dim"],
+    v_BSKH: Float[Array, "batch S kv_heads value_dim"],
     segment_ids_BT: Int[Array, "batch T"] | None,
     prefix_BT: Bool[Array, "batch T"] | None = None,
     slopes_N: Float[Array, " heads"] | None = None,
@@ -26,7 +26,7 @@ def reference_attention(
     softcap: float | None = None,
     save_as: str | None = None,
     block: int | None = None,
-) -> Float[Array, "batch T heads head_dim"]:
+) -> Float[Array, "batch T heads value_dim"]:
     """softmax(scores) v in the dtype of q, the softmax in float32. A query that sees nothing gives 0.
 
     ``prefix`` marks keys that their whole segment sees, ``slopes`` are ALiBi's, ``sinks`` the scores of sinks (see
@@ -60,10 +60,10 @@ def reference_attention(
         )
         weights_BKGTS = softmax(scores_BKGTS, visible, sinks_KG).astype(v_BSKH.dtype)
         weights_BKRS = weights_BKGTS.reshape(products_BKRS.shape)
-        parts.append(jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKSH).reshape(B, K, N // K, stop - start, H))
+        parts.append(jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKSH).reshape(B, K, N // K, stop - start, -1))
     out_BKGTH = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
     out_BTKGH = jnp.einsum("bkgth->btkgh", out_BKGTH)
-    out_BTNH = out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    out_BTNH = out_BTKGH.reshape(B, T, N, -1).astype(q_BTNH.dtype)
     if segment_ids_BT is not None:
         out_BTNH = jnp.where((segment_ids_BT != 0)[:, :, None, None], out_BTNH, 0)
     return out_BTNH if save_as is None else checkpoint_name(out_BTNH, save_as)

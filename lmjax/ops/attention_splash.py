@@ -23,7 +23,7 @@ BLOCK_SIZES = (1024, 512, 256, 128)
 def splash_attention(
     q_BTNH: Float[Array, "batch T heads head_dim"],
     k_BTKH: Float[Array, "batch T kv_heads head_dim"],
-    v_BTKH: Float[Array, "batch T kv_heads head_dim"],
+    v_BTKH: Float[Array, "batch T kv_heads value_dim"],
     segment_ids_BT: Int[Array, "batch T"] | None,
     *,
     mask: Mask,
@@ -31,7 +31,7 @@ def splash_attention(
     softcap: float | None = None,
     save_as: str | None = None,
     interpret: bool = False,
-) -> Float[Array, "batch T heads head_dim"]:
+) -> Float[Array, "batch T heads value_dim"]:
     """What ``reference_attention`` gives. ``interpret`` runs the kernel's program on any platform, slowly."""
     T, N = q_BTNH.shape[1:3]
     attend = kernel.make_splash_mha_single_device(

@@ -5,7 +5,7 @@ Legend: B batch, T positions, D embed, E experts, F hidden of an expert, K choic
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,23 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from lmjax.mesh import BATCH_AXES, FSDP_AXES
 from lmjax.ops.expert_dispatch import capacity_of, dropless, from_experts, to_experts, with_capacity
+from lmjax.ops.expert_exchange import EMULATED_ON, plan_exchange, sent_back, sent_to_experts
 from lmjax.ops.grouped_matmul import grouped_matmul, varying_together
 from lmjax.ops.routing import RouterOptions, RouterSums, Routing, route, router_sums
 from lmjax.sharding import activation_spec, parameter_spec
+
+ExpertExchange = Literal["gather", "ragged"]
+"""How tokens that are not dropped reach experts on other devices. ``gather``: each device gets the tokens of all, and
+what all make of them is summed (ring of experts). ``ragged``: each choice is sent to its expert's device and back, by a
+ragged all-to-all. The second sends less where more devices share the experts than a token has choices."""
+
+
+def choose_exchange(name: ExpertExchange | Literal["auto"], choices: int, platform: str) -> ExpertExchange:
+    """What ``name`` stands for where a token has so many choices, on the mesh that is set."""
+    if name != "auto":
+        return name
+    is_less = jax.sharding.get_abstract_mesh().shape["expert"] > choices
+    return "ragged" if is_less and platform not in EMULATED_ON else "gather"
 
 
 class ExpertParams(NamedTuple):
@@ -46,6 +60,8 @@ class ExpertOptions:
     activation: Callable[[jax.Array], jax.Array]
     capacity_factor: float | None
     """Slots of an expert in a sequence, as a multiple of its even share; None drops no choice."""
+    exchange: ExpertExchange
+    """How choices that are not dropped reach their experts; slots go by an all-to-all of their own."""
     jitter: float
     """The router's input is multiplied by numbers between 1 - jitter and 1 + jitter where there are keys (Switch)."""
     platform: str
@@ -81,8 +97,8 @@ def expert_mlp(
         x_BTD, valid_BT = varying_together(x_BTD, valid_BT)
         logits_BTE = _router_logits(x_BTD, params.router, options, keys_B)
         routing = route(logits_BTE, params.choice_bias, options.router)
-        exchange = _gathered if options.capacity_factor is None else _exchanged
-        y_BTD, kept_BTK = exchange(x_BTD, routing, valid_BT, params, options)
+        dispatched = _with_capacity if options.capacity_factor is not None else DROPLESS[options.exchange]
+        y_BTD, kept_BTK = dispatched(x_BTD, routing, valid_BT, params, options)
         sums = router_sums(logits_BTE, routing, kept_BTK, valid_BT, options.router, BATCH_AXES)
         if y_spec[1] is None:
             return jax.lax.psum(y_BTD, "tensor"), sums
@@ -125,7 +141,27 @@ def _gathered(x_BTD, routing: Routing, valid_BT, params: ExpertParams, options: 
     return y_ND.reshape(x_BTD.shape), None
 
 
-def _exchanged(x_BTD, routing: Routing, valid_BT, params: ExpertParams, options: ExpertOptions):
+def _sent(x_BTD, routing: Routing, valid_BT, params: ExpertParams, options: ExpertOptions):
+    """Nothing dropped: each choice's token goes to its expert's device, and what this makes of it comes back.
+
+    A device's rows are as many as could come, should all tokens choose its experts.
+    """
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[2])
+    dispatch = dropless(routing.experts, valid_BT, options.router.num_experts)
+    exchange = plan_exchange(dispatch.sizes)
+    num_here, choices = params.up.shape[0], routing.experts.shape[2]
+    most = jax.lax.axis_size("expert") * len(x_ND) * min(num_here, choices)
+    rows_MD = sent_to_experts(to_experts(x_ND, dispatch), exchange, most, options.platform)
+    rows_MD = _experts(rows_MD, exchange.sizes, params, options)
+    rows_MD = sent_back(rows_MD, exchange, len(x_ND) * choices, options.platform)
+    weights_NK = routing.weights.reshape(dispatch.row_of_choice.shape)
+    return from_experts(rows_MD, weights_NK, dispatch).reshape(x_BTD.shape), None
+
+
+DROPLESS = {"gather": _gathered, "ragged": _sent}
+
+
+def _with_capacity(x_BTD, routing: Routing, valid_BT, params: ExpertParams, options: ExpertOptions):
     """With capacity: each device along ``expert`` sends each other one the slots of its experts, and gets them back."""
     router, factor = options.router, options.capacity_factor
     assert factor is not None

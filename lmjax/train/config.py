@@ -6,6 +6,7 @@ from lmjax.models.remat import RematConfig
 from lmjax.schema import UserPath, config_class
 
 AttentionKernel = Literal["auto", "reference", "chunked", "splash"]
+ExpertExchange = Literal["auto", "gather", "ragged"]
 
 
 @config_class
@@ -32,6 +33,9 @@ class TrainConfig:
     """Compile one block and scan over the layers, or compile every block."""
     attention_kernel: AttentionKernel = "auto"
     """Attention kernel by name; auto takes the best one that is proved for the hardware."""
+    expert_exchange: ExpertExchange = "auto"
+    """How tokens reach experts on other devices where none is dropped: gather brings all tokens to all of them, ragged
+    sends each to its own; auto takes what sends less on the hardware."""
     log_batch_hash: bool = False
     """Whether metrics.jsonl has a digest of every global batch."""
 

@@ -88,6 +88,7 @@ def make_program(job: Job, mesh: Mesh | None = None) -> Program:
             compute_dtype=job.precision.compute_dtype,
             reduce_in_float32=job.precision.reduce_in_float32,
             attention_kernel=job.train.attention_kernel,
+            expert_exchange=job.train.expert_exchange,
             platform=platform,
             remat=job.train.remat,
             scan_layers=job.train.scan_layers,
@@ -111,7 +112,12 @@ def choose_kernels(job: Job, platform: str) -> dict[str, Choice]:
 
 def check_routing(job: Job, mesh: Mesh) -> None:
     """Raises InputError where the mesh, rows or micro-batches do not fit the model's experts."""
-    moe = job.model.moe
+    moe, exchange = job.model.moe, job.train.expert_exchange
+    if exchange != "auto" and (moe is None or moe.capacity_factor is not None or mesh.shape["expert"] == 1):
+        raise InputError(
+            f"train.expert_exchange is {exchange} and has no effect: it is for a model with experts (model.moe) "
+            "without a capacity_factor, on a mesh that splits them (mesh.expert). Leave it out."
+        )
     if moe is None:
         if mesh.shape["expert"] > 1:
             raise InputError(

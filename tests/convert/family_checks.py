@@ -25,7 +25,8 @@ from lmjax.convert.layouts import Table
 from lmjax.convert.pieces import Piece, is_ignored, pieces
 from lmjax.convert.settings import WITHOUT_EFFECT, read_config_file
 from lmjax.convert.source import find_family, read_model
-from lmjax.models.decoder import DecoderConfig, whole_sequences
+from lmjax.models.block import whole_sequences
+from lmjax.models.decoder import DecoderConfig
 from lmjax.nn.moe import MoEConfig
 from lmjax.train.state import abstract_decoder
 from lmjax.train.step import DeviceBatch, loss_sums
@@ -161,6 +162,9 @@ def randomise(model: Any, rng: np.random.Generator, around: float) -> None:
             values = rng.standard_normal(tuple(parameter.shape)).astype(np.float32)
             is_scale = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(torch.from_numpy(around + 0.3 * values if is_scale else 0.2 * values))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.from_numpy(0.2 * rng.standard_normal(tuple(buffer.shape)).astype(np.float32)))
 
 
 def resolved(config: DecoderConfig) -> DecoderConfig:

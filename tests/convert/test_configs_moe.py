@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from lmjax.errors import InputError
 from lmjax.models.config import DecoderConfig
 from lmjax.models.counts import parameter_count
 from lmjax.nn.moe import MoEConfig
-from tests.convert.published_moe import DBRX, MIXTRAL, PUBLISHED, QWEN2_MOE, QWEN3_MOE
+from tests.convert.published_moe import DBRX, DEEPSEEK_V3, MIXTRAL, PUBLISHED, QWEN2_MOE, QWEN3_MOE
 
 pytestmark = pytest.mark.fast
 
@@ -57,7 +58,7 @@ def test_published_configs_mean_the_same_once_transformers_has_read_them(name):
     assert resolved(read(their_config(PUBLISHED[name]).to_dict())[1]) == resolved(read(PUBLISHED[name])[1])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"])
 def test_keys_that_are_absent_mean_what_they_mean_in_transformers(name):
     values = {"model_type": name}
     assert resolved(read(values)[1]) == resolved(read(their_config(values).to_dict())[1])
@@ -68,7 +69,8 @@ def test_parameters_are_as_many_as_in_transformers(name):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(their_config(PUBLISHED[name]))
-    count = sum(parameter.numel() for parameter in model.parameters())
+    biases = [bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    count = sum(tensor.numel() for tensor in (*model.parameters(), *biases))
     family, config = read(PUBLISHED[name])
     assert parameter_count(config) == count
     names = [piece.name for piece in pieces(family, config)]
@@ -104,6 +106,43 @@ def test_dbrx_has_its_theta_where_published_files_have_it():
     written = {"model_type": "dbrx", **family.write_config(config)}
     assert their_config(written).rope_parameters["rope_theta"] == 500_000
     assert their_config(written).attn_config.rope_theta == 500_000
+
+
+def test_keys_and_values_of_latent_attention_lie_head_by_head_in_one_tensor():
+    found = {piece.name: piece for piece in pieces(*read(DEEPSEEK_V3))}
+    fused = found["model.layers.60.self_attn.kv_b_proj.weight"]
+    assert fused.shape == (128 * (128 + 128), 512)
+    assert [part.path.rpartition("attention/")[2] for part in fused.parts] == ["key_up/kernel", "value_up/kernel"]
+    assert found["model.layers.60.self_attn.kv_a_proj_with_mqa.weight"].shape == (512 + 64, 7168)
+    assert found["model.layers.0.self_attn.q_b_proj.weight"].shape == (128 * 192, 1536)
+    assert found["model.layers.3.mlp.gate.e_score_correction_bias"].shape == (256,)
+    assert found["model.layers.60.mlp.experts.255.down_proj.weight"].shape == (7168, 2048)
+    assert "model.layers.2.mlp.gate.weight" not in found
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.707, 0.25])
+def test_the_weight_of_yarn_in_the_scale_of_latent_attention_goes_in_and_out(weight):
+    scaling = DEEPSEEK_V3["rope_scaling"] | {"mscale": weight, "mscale_all_dim": weight}
+    family, config = read(DEEPSEEK_V3 | {"rope_scaling": scaling})
+    assert config.query_scale == pytest.approx(192**-0.5 * (0.1 * weight * math.log(40) + 1) ** 2, rel=1e-12)
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.attention_factor == 1
+    assert differences(family, config) == []
+    written = family.write_config(config)["rope_scaling"]
+    assert (written["mscale"], written["mscale_all_dim"]) == (weight, weight)
+    lines = differences(family, dataclasses.replace(config, rope_scaling=None))
+    assert lines is not None
+    assert [line.split(":")[0] for line in lines] == ["query_scale"]
+
+
+def test_weights_of_yarn_that_differ_scale_what_is_rotated():
+    scaling = DEEPSEEK_V3["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 0.5}
+    family, config = read(DEEPSEEK_V3 | {"rope_scaling": scaling})
+    mscale = [0.1 * weight * math.log(40) + 1 for weight in (1.0, 0.5)]
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.attention_factor == pytest.approx(mscale[0] / mscale[1], rel=1e-12)
+    assert config.query_scale == pytest.approx(192**-0.5 * mscale[1] ** 2, rel=1e-12)
+    assert differences(family, config) == []
 
 
 LAYERS = {
@@ -173,7 +212,7 @@ def test_experts_that_a_family_does_not_have_are_not_written_as_it(name, changes
 def test_a_decoder_with_experts_is_not_written_without_them_nor_the_other_way():
     dense = dataclasses.replace(read(MIXTRAL)[1], moe=None)
     assert choose_family(dense).model_type == "llama"
-    for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dbrx"):
+    for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dbrx", "deepseek_v3"):
         assert differences(FAMILIES[name], dense) != []
     assert differences(FAMILIES["llama"], read(MIXTRAL)[1]) != []
     switch = load_model("configs/models/switch_base_decoder.yaml")
@@ -191,6 +230,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2_moe_a2_7b", {"num_experts": 0}, "num_experts is 0"),
     ("olmoe_1b_7b", {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
     ("olmoe_1b_7b", {"head_dim": 64}, "head_dim is 64"),
+    ("deepseek_v3", {"attention_bias": True}, "attention_bias is true"),
+    ("deepseek_v3", {"num_key_value_heads": 8}, "num_kv_heads is 8 and latent is given"),
+    ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method is "greedy"'),
+    ("deepseek_v3", {"scoring_func": "softmax"}, 'scoring_func is "softmax"'),
+    ("deepseek_v3", {"n_group": 7}, "num_experts 256 does not divide into groups 7"),
+    ("deepseek_v3", {"first_k_dense_replace": 61}, "it has to name a moe block"),
+    ("deepseek_v3", {"kv_lora_rank": 0}, "kv_rank is 0"),
     ("dbrx", {"tie_word_embeddings": True}, "tie_word_embeddings is true"),
     ("dbrx", {"ffn_config": DBRX["ffn_config"] | {"moe_normalize_expert_weights": 2}}, "ffn_config: moe_normalize"),
     ("dbrx", {"ffn_config": DBRX["ffn_config"] | {"moe_top_k": 1}}, "ffn_config: .*experts_per_token is 1"),

@@ -28,6 +28,7 @@ CASES = {
     "grouped, as many key heads": (Rows(num_inputs=1, order="grouped"), [QUERY, key_shape(4), key_shape(4)]),
     "grouped, one key head": (Rows(num_inputs=1, order="grouped"), [QUERY, key_shape(1), key_shape(1)]),
     "grouped, two key heads": (Rows(num_inputs=1, order="grouped"), [QUERY, key_shape(2), key_shape(2)]),
+    "grouped, of two widths": (Rows(num_inputs=1, order="grouped"), [(EMBED, 4, 3), (EMBED, 4, 2)]),
     "grouped biases": (Rows(num_inputs=0, order="grouped"), [(HEADS, WIDTH), (2, WIDTH), (2, WIDTH)]),
     "experts, outputs first": (Experts(output_first=True), [(3, EMBED, 4)]),
     "experts, inputs first": (Experts(output_first=False), [(3, 4, EMBED)]),

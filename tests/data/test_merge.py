@@ -70,6 +70,16 @@ def test_shards_are_cut_by_size_and_keep_the_order(make_parts, tmp_path):
         assert counts.sum() == 25 - 7
 
 
+def test_a_small_dataset_has_several_shards_for_several_processes(make_parts, tmp_path, monkeypatch):
+    parts = make_parts("a4 b4 c4", "d1 e9 f1", "g2")
+    monkeypatch.setattr(merge, "MIN_SHARD_BYTES", 16)
+    assert merged(parts, tmp_path)[0] == [["a4", "b4"], ["c4", "d1", "e9"], ["f1", "g2"]]
+    assert merged(parts, tmp_path, 2)[0][:2] == [["a4"], ["b4"]], "never more than was asked for"
+    monkeypatch.setattr(merge, "MIN_SHARD_BYTES", 2)
+    monkeypatch.setattr(merge, "SHARDS", 2)
+    assert len(merged(parts, tmp_path)[0]) == 2
+
+
 def test_a_shard_that_is_there_is_not_written_again_unless_it_has_other_documents(make_parts, tmp_path, monkeypatch):
     written = []
     write_shard = merge.write_shard

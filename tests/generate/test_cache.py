@@ -9,6 +9,7 @@ import pytest
 
 from lmjax.generate import steps
 from lmjax.generate.cache import empty_cache, repeat_rows
+from lmjax.nn.attention_latent import LatentConfig
 from lmjax.nn.cache import CacheWrite, slots_of_window
 from lmjax.nn.moe import MoEConfig
 from tests import tiny
@@ -24,6 +25,11 @@ PART = 4
 LONG = tiny.with_changes(CONFIG, max_length=COLUMNS + NEW)
 EXPERTS = MoEConfig(num_experts=4, experts_per_token=2, shared_dim=16, capacity_factor=4.0)
 """With room for all, in the whole passes that the cached ones are compared with."""
+LATENT = {
+    "num_kv_heads": None,
+    "head_dim": 10,
+    "latent": LatentConfig(kv_rank=8, query_rank=12, rope_dim=4, value_dim=6),
+}
 
 
 @pytest.mark.fast
@@ -132,6 +138,25 @@ def test_logits_over_several_windows_equal_uncached_ones_with_a_rolling_buffer(r
     off_by_one = tiny.with_changes(LONG, sliding_window=4)
     wrong, _ = cached_logits(off_by_one, (1, 1, 1), tokens, params)
     assert np.abs(wrong[..., : LONG.vocab_size] - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_logits_from_latent_vectors_equal_those_from_the_keys_and_values_made_of_them(rng, monkeypatch, shape):
+    """One head in the cache, of a latent vector and a rotated key: the matrices go to the queries and the result."""
+    monkeypatch.setattr(steps, "PREFILL_PART", PART)
+    config = tiny.with_changes(LONG, num_layers=2, **LATENT)
+    slots, tokens, params, expected = check_cached(rng, config, shape)
+    assert slots == [8, 8, COLUMNS + NEW, COLUMNS + NEW]
+    wrong, _ = cached_logits(tiny.with_changes(config, rope_interleaved=True), shape, tokens, params)
+    assert np.abs(wrong[..., : config.vocab_size] - expected).max() > 1e-2
+
+
+@pytest.mark.fast
+def test_a_cache_of_latent_vectors_has_one_head():
+    with jax.set_mesh(tiny.mesh_of(2, 2, 2)):
+        cache = empty_cache(tiny.with_changes(LONG, **LATENT), 4, 64, jnp.dtype("bfloat16"), part=PART)
+    assert {leaf.shape[1:] for leaf in cache[0][1]} == {(4, 1, 64, 8 + 4), (4, 1, 64, 8)}
+    assert all(leaf.sharding.spec == P(None, BATCH, None, None, None) for leaf in jax.tree.leaves(cache))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lmjax.nn.attention_latent import LatentConfig
 from lmjax.nn.moe import MoEConfig
 from lmjax.nn.rope_scaling import DynamicScaling
 from tests.tiny import CONFIG, with_changes
@@ -80,6 +81,16 @@ SWITCHES: dict[str, dict[str, Any]] = {
             shared_gate=True,
             choice_bias_rate=0.001,
         ),
+    },
+    "latent": {
+        "head_dim": 10,
+        "latent": LatentConfig(kv_rank=8, query_rank=4, rope_dim=4, value_dim=6),
+        "layer_pattern": ("sliding", "full"),
+        "sliding_window": 4,
+        "rope_interleaved": True,
+        "attention_out_bias": True,
+        "attention_softcap": 2.0,
+        "attention_sinks": True,
     },
     "none": {
         "norm": "layer",

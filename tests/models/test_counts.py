@@ -79,6 +79,20 @@ def test_training_flops_are_those_of_every_product(length):
 
 
 @pytest.mark.fast
+def test_values_of_another_width_count_as_they_are():
+    """Latent attention: scores over keys of 10 dimensions, sums of values of 6, and the matrices of the tree."""
+    config, length = with_changes(CONFIGS["latent"], layer_pattern=("full",), sliding_window=None), 7
+    _, params = abstract_decoder(config, mesh_of(1, 1, 1))
+    matrices = sum(
+        leaf.size for path, leaf in jax.tree.leaves_with_path(params["segments"]) if path[-1].key == "kernel"
+    )
+    matrices += config.vocab_size * config.embed_dim
+    pairs = config.num_layers * length * (length + 1) // 2
+    forward = 2 * matrices * length + 2 * pairs * config.num_heads * (10 + 6)
+    assert training_flops(config, 1, length) == 3 * forward
+
+
+@pytest.mark.fast
 def test_causal_attention_counts_half_of_the_square():
     """Against 6 N + 6 L T D a token: PaLM's figure (arXiv 2204.02311, appendix B) with half of its attention."""
     config, length = load_model("configs/models/llama3_8b.yaml"), 8192

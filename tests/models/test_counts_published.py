@@ -21,6 +21,7 @@ PUBLISHED = {
     "bloom_176b": 176_247_271_424,
     "bloom_560m": 559_214_592,
     "dbrx": 131_596_523_520,
+    "deepseek_v3": 671_026_419_200,
     "falcon_40b": 41_303_293_952,
     "falcon_7b": 6_921_720_704,
     "falcon_rw_1b": 1_311_625_216,
@@ -65,6 +66,7 @@ PUBLISHED = {
 # As their authors state them: billions in all, and those that a token goes through.
 ROUNDED = {
     "dbrx": (132, 36),
+    "deepseek_v3": (671, 37),
     "mixtral_8x22b": (141, 39),
     "mixtral_8x7b": (46.7, 12.9),
     "olmoe_1b_7b": (6.9, 1.3),
@@ -108,8 +110,9 @@ def test_active_parameters_are_those_of_a_decoder_with_the_chosen_experts_alone(
         config = load_model(str(MODELS / f"{name}.yaml"))
         moe = config.moe
         assert moe is not None
-        chosen = dataclasses.replace(moe, num_experts=moe.experts_per_token)
-        routers = (moe.num_experts - moe.experts_per_token) * config.embed_dim
+        chosen = dataclasses.replace(moe, num_experts=moe.experts_per_token, groups=1, top_groups=1)
+        has_bias = moe.choice_bias_rate is not None
+        routers = (moe.num_experts - moe.experts_per_token) * (config.embed_dim + has_bias)
         routers *= sum(block.mlp == "moe" for block in config.blocks)
         alone = parameter_count(dataclasses.replace(config, moe=chosen)) + routers
         assert parameter_count(config, active=True) == alone

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from lmjax.errors import InputError
 from lmjax.models.config import DecoderConfig, Segment
 from lmjax.models.remat import RematConfig
+from lmjax.nn.attention_latent import LatentConfig
 from lmjax.nn.rope_scaling import LinearScaling, LongRopeScaling
 from lmjax.train.step import DeviceBatch, loss_sums, row_keys
 from tests import tiny
@@ -15,6 +18,7 @@ from tests.tiny import CONFIG, FLOAT32, LOSS
 LENGTH = 12
 NO_THETA = {"rope_theta": 10_000.0}
 """The default, since any other goes with rotary positions only."""
+LATENT = LatentConfig(kv_rank=8, rope_dim=4, value_dim=6)
 
 
 def dependence(
@@ -233,6 +237,13 @@ def test_segments_are_whole_patterns_and_the_rest(num_layers, pattern, segments)
         ({"rope_fraction": 0.25}, "head_dim x rope_fraction, is 1"),
         ({"rope_fraction": 0.1}, "head_dim x rope_fraction, is 0"),
         ({"rope_theta_sliding": 10.0}, "rope_theta_sliding has an effect in sliding blocks only"),
+        ({"latent": LATENT}, "latent.rope_dim is 4 and head_dim 4: give a head_dim above rope_dim"),
+        ({"latent": LATENT, "head_dim": None}, "latent.rope_dim is 4 and head_dim None"),
+        ({"latent": LATENT, "head_dim": 8, "num_kv_heads": 2}, "num_kv_heads is 2 and latent is given"),
+        ({"latent": LATENT, "head_dim": 8, "qk_norm": "head"}, "qk_norm is head and latent is given"),
+        ({"latent": LATENT, "head_dim": 8, "rope_fraction": 0.5}, "rope_fraction is 0.5 and latent is given"),
+        ({"latent": LATENT, "head_dim": 8, "position": "none", **NO_THETA}, "position is none and latent is given"),
+        ({"latent": dataclasses.replace(LATENT, rope_dim=3), "head_dim": 8}, "latent.rope_dim is 3; rotary positions"),
         (
             {
                 "rope_scaling": LongRopeScaling(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmjax.models.decoder import whole_sequences
+from lmjax.models.block import whole_sequences
 from lmjax.train.state import Blueprint
 from tests import tiny
 

@@ -1,6 +1,7 @@
 """The layer of experts against a dense loop over all of them, in values and gradients, on one device and on many."""
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import jax
@@ -148,11 +149,16 @@ def test_the_layer_is_a_loop_over_all_experts(x, valid, name, capacity_factor):
     assert np.abs(found - np.asarray(by_loop(other, jnp.asarray(x), jnp.asarray(valid)))).max() > 1e-2
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def ragged(moe, x, valid):
+    return moe(x, valid, dataclasses.replace(FLOAT32, expert_exchange="ragged"))
+
+
+@pytest.mark.parametrize(("function", "capacity_factor"), [(ours, None), (ragged, None), (ours, 1.0)])
 @pytest.mark.parametrize("sizes", EXPERT_MESHES)
-def test_every_mesh_gives_one_answer(x, valid, sizes, capacity_factor):
+def test_every_mesh_gives_one_answer(x, valid, sizes, function, capacity_factor):
+    """Tokens gathered along the experts, each sent to its own, and in slots."""
     moe = make(**CONFIGS["shared expert"], capacity_factor=capacity_factor)
-    found = value_and_gradients(ours, moe, mesh_of(*sizes), x, valid)
+    found = value_and_gradients(function, moe, mesh_of(*sizes), x, valid)
     expected = value_and_gradients(ours, moe, mesh_of(1, 1, 1), x, valid)
     assert_close(found, expected)
     assert (expected[0][1][0].dropped > 0) == (capacity_factor is not None)

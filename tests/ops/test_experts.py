@@ -4,8 +4,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lmjax.ops.experts import EXPERT_AXES, ExpertOptions, ExpertParams, expert_mlp
+from lmjax.mesh import MeshConfig
+from lmjax.ops.experts import (
+    EXPERT_AXES,
+    ExpertExchange,
+    ExpertOptions,
+    ExpertParams,
+    choose_exchange,
+    expert_mlp,
+)
 from lmjax.ops.routing import RouterOptions
+from lmjax.plan.compile import topology_mesh
 from lmjax.plan.hlo import Collective, collectives
 from lmjax.sharding import activation_spec, parameter_spec
 from tests.tiny import mesh_of
@@ -14,15 +23,25 @@ B, T, D, F, E, K = 8, 12, 16, 20, 8, 2
 SHAPES = ExpertParams(router=(D, E), choice_bias=None, gate=(E, D, F), up=(E, D, F), down=(E, F, D))  # pyright: ignore[reportArgumentType]
 
 
-def compiled(sizes: tuple[int, int, int, int], capacity_factor: float | None) -> dict[str, Collective]:
+def compiled(
+    sizes: tuple[int, int, int, int],
+    capacity_factor: float | None,
+    exchange: ExpertExchange = "gather",
+    topology: str | None = None,
+) -> dict[str, Collective]:
     """The collectives of the forward pass on a mesh of these sizes of data, fsdp, tensor and expert."""
-    mesh = mesh_of(*sizes)
+    if topology is None:
+        mesh = mesh_of(*sizes)
+    else:
+        data, fsdp, tensor, expert = sizes
+        mesh = topology_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, expert=expert), topology)
     options = ExpertOptions(
         router=RouterOptions(num_experts=E, experts_per_token=K),
         activation=jax.nn.silu,
         capacity_factor=capacity_factor,
+        exchange=exchange,
         jitter=0.0,
-        platform="cpu",
+        platform="cpu" if topology is None else "tpu",
         reduce_f32=False,
         tag=lambda array, name: array,
     )
@@ -38,7 +57,8 @@ def compiled(sizes: tuple[int, int, int, int], capacity_factor: float | None) ->
             for name, shape in SHAPES._asdict().items()
         )
         run = jax.jit(lambda x, valid, params: expert_mlp(x, valid, params, options, None)[0])
-        return collectives(run.lower(x, valid, params).compile().as_text())
+        platforms = (options.platform,)
+        return collectives(run.trace(x, valid, params).lower(lowering_platforms=platforms).compile().as_text())
 
 
 def test_with_capacity_slots_go_to_their_experts_and_come_back():
@@ -56,6 +76,28 @@ def test_dropless_every_device_sees_the_tokens_of_all_and_sums_are_scattered():
     assert "all-to-all" not in found
     gathered = tokens * (D * 4 + 2 * K * 4 + 1) + D * E * 4  # tokens, weights and choices, what is padding; the router
     assert found["all-gather"].bytes == gathered
+
+
+def test_a_tpu_sends_each_choice_to_its_expert_and_gets_it_back():
+    pytest.importorskip("libtpu")
+    found = compiled((1, 1, 1, 8), None, "ragged", "v5p:2x2x2")
+    received = 8 * (B // 8 * T) * 1  # a device has one expert: at most one choice of every token comes here
+    assert found["ragged-all-to-all"].count == 2
+    assert found["ragged-all-to-all"].bytes >= 2 * received * D * 4
+    assert not {"all-to-all", "reduce-scatter"} & set(found)
+    small = sum(found[kind].bytes for kind in ("all-gather", "all-reduce"))
+    assert small == D * E * 4 + 8 * E * 4, "the router's matrix, and how many rows every device has for each expert"
+
+
+@pytest.mark.fast
+def test_the_exchange_that_sends_less_is_taken_where_there_is_one():
+    with jax.set_mesh(mesh_of(1, 1, 1, 8)):
+        assert choose_exchange("auto", 2, "tpu") == choose_exchange("auto", 7, "gpu") == "ragged"
+        assert choose_exchange("auto", 8, "tpu") == choose_exchange("auto", 2, "cpu") == "gather"
+        assert choose_exchange("ragged", 2, "cpu") == "ragged"
+        assert choose_exchange("gather", 2, "tpu") == "gather"
+    with jax.set_mesh(mesh_of(8, 1, 1)):
+        assert choose_exchange("auto", 2, "tpu") == "gather"
 
 
 def test_experts_are_gathered_over_fsdp_and_summed_over_tensor():

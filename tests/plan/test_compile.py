@@ -1,6 +1,7 @@
 """Train steps compiled for TPU chips that are not here: they fit, they shard, and nothing quadratic exists in them."""
 
 import dataclasses
+import importlib.util
 
 import jax.numpy as jnp
 import pytest
@@ -9,6 +10,7 @@ from jax.experimental import topologies
 from lmjax.errors import InputError
 from lmjax.mesh import MeshConfig
 from lmjax.models.decoder import DecoderConfig, Execution
+from lmjax.nn.attention_latent import LatentConfig
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
 from lmjax.plan.compile import CompiledStep, compile_step, topology_devices, topology_mesh
@@ -88,6 +90,30 @@ def test_an_unknown_topology_is_refused_with_examples(name: str):
 
 
 @pytest.mark.fast
+def test_names_of_gpus_are_refused_with_an_example():
+    for name in ("h200:", "h200:0", "h200:2x2x8", "h200:many"):
+        with pytest.raises(InputError, match=r"a name is h200:GPUS or h200:MACHINESxGPUS, as h200:8"):
+            topology_devices(name)
+    if importlib.util.find_spec("jax_plugins") is None:
+        with pytest.raises(InputError, match=r"pip install 'lmjax\[cuda13\]'"):
+            topology_devices("h200:8")
+
+
+@pytest.mark.slow
+def test_latent_attention_compiles_with_the_kernel_for_tpu():
+    """Queries and keys of 192 dimensions, values of 128; nothing has the keys of all pairs of positions."""
+    config = dataclasses.replace(
+        CONFIG,
+        num_heads=4,
+        head_dim=192,
+        vocab_size=2 * LENGTH,
+        latent=LatentConfig(kv_rank=64, query_rank=128, rope_dim=64, value_dim=128),
+    )
+    step = compiled(MeshConfig(data=2, fsdp=2, tensor=2), "v5p:2x2x2", config=config)
+    assert "splash" in step.text
+    assert arrays_above(step.text, LENGTH, LENGTH) == set()
+
+
 def test_a_mesh_that_does_not_fit_the_topology_is_refused():
     with pytest.raises(InputError, match="8 are here"):
         topology_mesh(MeshConfig(fsdp=3), "v5p:2x2x2")

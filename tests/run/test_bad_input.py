@@ -56,6 +56,12 @@ EXPERTS = "model.moe.num_experts=8 model.moe.experts_per_token=2"
         ),
         (f"{EXPERTS} model.moe.num_experts=6 mesh.expert=4 mesh.fsdp=2", "6 mod 4 = 2"),
         ("mesh.expert=2 mesh.fsdp=4", "the model has no experts"),
+        ("train.expert_exchange=ragged", "has no effect"),
+        (f"{EXPERTS} train.expert_exchange=gather", "on a mesh that splits them"),
+        (
+            f"{EXPERTS} train.expert_exchange=ragged model.moe.capacity_factor=2 mesh.expert=2 mesh.fsdp=4",
+            "without a capacity_factor",
+        ),
         ("evaluate.temperature=1.0", "prompts"),
         ("optimizer.schedule=constant optimizer.end_fraction=0.5", "cosine"),
         ("data.path=/nowhere/at/all", "lmjax data prepare"),

@@ -3,6 +3,7 @@
 from lmjax.convert.families import (
     bloom,
     dbrx,
+    deepseek_v3,
     falcon,
     gemma,
     gemma2,
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Family] = {
         qwen3_moe.FAMILY,
         olmoe.FAMILY,
         dbrx.FAMILY,
+        deepseek_v3.FAMILY,
     )
 }
 """By ``model_type``. A decoder without a source is exported as the first of these that can say all of it."""

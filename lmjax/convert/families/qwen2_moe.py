@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lmjax.convert.activations import read_activation
-from lmjax.convert.experts import expert_parts, moe_of, read_experts, write_experts
+from lmjax.convert.experts import expert_parts, moe_of, read_experts, read_kinds, write_experts
 from lmjax.convert.families import llama, qwen2
 from lmjax.convert.family import linear
 from lmjax.convert.rope import read_rope
@@ -33,7 +33,7 @@ def read_config(settings: Settings) -> dict[str, Any]:
     )
     experts = read_experts(
         settings,
-        shared["num_layers"],
+        read_kinds(settings, shared["num_layers"]),
         num_experts=settings.take("num_experts", 60),
         experts_per_token=settings.take("num_experts_per_tok", 4),
         shared_dim=settings.take("shared_expert_intermediate_size", 5632),

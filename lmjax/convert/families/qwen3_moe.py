@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lmjax.convert.activations import read_activation
-from lmjax.convert.experts import read_experts, write_experts
+from lmjax.convert.experts import read_experts, read_kinds, write_experts
 from lmjax.convert.families import llama, qwen2_moe, qwen3
 from lmjax.convert.rope import read_rope
 from lmjax.convert.settings import Settings
@@ -28,7 +28,7 @@ def read_config(settings: Settings) -> dict[str, Any]:
     num_layers = shared["num_layers"]
     experts = read_experts(
         settings,
-        num_layers,
+        read_kinds(settings, num_layers),
         num_experts=settings.take("num_experts", 128),
         experts_per_token=settings.take("num_experts_per_tok", 8),
     )

@@ -1,6 +1,7 @@
 """Families with experts. Their models have in memory what the files have expert by expert."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 import transformers
 
 from lmjax.models.decoder import DecoderConfig
+from lmjax.nn.attention_latent import LatentConfig
 from lmjax.nn.moe import MoEConfig
+from lmjax.nn.rope_scaling import YarnScaling
 from tests.models.families.family import ACTIVATIONS, Family, layer_types, rms_settings, rope_parameters, tiny_config
 from tests.models.families.llama import PARTS
 from tests.models.families.names import Names, Tensors
@@ -57,6 +60,30 @@ DBRX_NAMES = Names(
         "moe.router": "ffn.router.layer",
     },
     experts=one_after_the_other,
+)
+
+
+DEEPSEEK_NAMES = Names(
+    embed="model.embed_tokens",
+    final_norm="model.norm",
+    layer="model.layers.{}",
+    parts=PARTS
+    | {
+        "attention.query_down": "self_attn.q_a_proj",
+        "attention.query_norm": "self_attn.q_a_layernorm",
+        "attention.query_up": "self_attn.q_b_proj",
+        "attention.kv_down": "self_attn.kv_a_proj_with_mqa",
+        "attention.key_rope": "self_attn.kv_a_proj_with_mqa",
+        "attention.kv_norm": "self_attn.kv_a_layernorm",
+        "attention.key_up": "self_attn.kv_b_proj",
+        "attention.value_up": "self_attn.kv_b_proj",
+        "moe.router": "mlp.gate",
+        "moe.shared.gate": "mlp.shared_experts.gate_proj",
+        "moe.shared.up": "mlp.shared_experts.up_proj",
+        "moe.shared.down": "mlp.shared_experts.down_proj",
+    },
+    fused="grouped",
+    experts=fused,
 )
 
 
@@ -159,13 +186,58 @@ def dbrx(config: DecoderConfig):
     )
 
 
+def deepseek_v3(config: DecoderConfig):
+    moe, latent = experts_of(config), config.latent
+    assert latent is not None
+    rope = rope_parameters(config)
+    if config.query_scale is not None:  # of its scale YaRN's files tell by a weight
+        assert config.rope_scaling is not None
+        temperature = math.sqrt(config.query_scale * math.sqrt(config.head_width))
+        weight = round((temperature - 1) / (0.1 * math.log(config.rope_scaling.factor)), 6)
+        rope = {key: value for key, value in rope.items() if key != "attention_factor"}
+        rope |= {"mscale": weight, "mscale_all_dim": weight}
+    return transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **rms_settings(config) | {"rope_parameters": rope},
+            rope_interleave=config.rope_interleaved,
+            kv_lora_rank=latent.kv_rank,
+            q_lora_rank=latent.query_rank,
+            qk_rope_head_dim=latent.rope_dim,
+            qk_nope_head_dim=config.head_width - latent.rope_dim,
+            v_head_dim=latent.value_dim,
+            moe_intermediate_size=config.expert_dim,
+            n_routed_experts=moe.num_experts,
+            n_shared_experts=(moe.shared_dim or 0) // config.expert_dim,
+            num_experts_per_tok=moe.experts_per_token,
+            norm_topk_prob=moe.renormalize,
+            routed_scaling_factor=moe.weight_scale,
+            n_group=moe.groups,
+            topk_group=moe.top_groups,
+            first_k_dense_replace=moe.dense_first,
+            num_nextn_predict_layers=0,
+        )
+    )
+
+
 def is_separated(model: Any, tokens: np.ndarray, moe: MoEConfig) -> bool:
     """Whether no rounding changes which experts any router of ``model`` chooses for any of the ``tokens``."""
     with torch.no_grad():
         found = model(torch.from_numpy(tokens).long(), use_cache=False, output_router_logits=True).router_logits
-    ordered = torch.cat(found).sort(descending=True).values
-    last, following = moe.experts_per_token - 1, ordered[:, moe.experts_per_token :]
-    return bool((ordered[:, last : last + 1] - following > SEPARATED).all())
+    if moe.choice_bias_rate is None:
+        return _is_apart(torch.cat(found), moe.experts_per_token)
+    biases = [bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    preferences = torch.cat([logits.sigmoid() + bias for logits, bias in zip(found, biases, strict=True)])
+    of_groups = preferences.reshape(len(preferences), moe.groups, -1)
+    best = of_groups.topk(min(2, of_groups.shape[2])).values.sum(-1)
+    chosen = (best >= best.topk(moe.top_groups).values[:, -1:])[:, :, None]
+    within = torch.where(chosen, of_groups, -9.0).flatten(1)
+    return _is_apart(best, moe.top_groups) and _is_apart(within, moe.experts_per_token)
+
+
+def _is_apart(values: torch.Tensor, count: int) -> bool:
+    """Whether in each row the ``count`` largest ones are well above the others."""
+    ordered = values.sort(descending=True).values
+    return bool((ordered[:, count - 1 : count] - ordered[:, count:] > SEPARATED).all())
 
 
 def experts(num_experts: int, experts_per_token: int, **fields: Any) -> MoEConfig:
@@ -180,6 +252,29 @@ WINDOW = {"layer_pattern": ("sliding",), "sliding_window": 4}
 
 def qwen2(**changes: Any) -> dict[str, Any]:
     return {"moe": dataclasses.replace(QWEN2, **changes)}
+
+
+DEEPSEEK = experts(
+    8,
+    3,
+    expert_dim=24,
+    dense_first=1,
+    shared_dim=24,
+    scores="sigmoid",
+    weight_scale=2.5,
+    groups=4,
+    top_groups=2,
+    choice_bias_rate=0.0,
+)
+LATENT = LatentConfig(kv_rank=20, query_rank=28, rope_dim=6, value_dim=10)
+HEAD = 14
+"""Width of queries and keys of which LATENT's are rotated."""
+
+
+def longer(weight: float) -> dict[str, Any]:
+    """Rows eight times as long as the first ones, and the scale of the queries that goes with this weight."""
+    scaling = YarnScaling(factor=8.0, original_length=8, beta_fast=4.0, attention_factor=1.0)
+    return {"rope_scaling": scaling, "query_scale": HEAD**-0.5 * (0.1 * weight * math.log(8.0) + 1) ** 2}
 
 
 FAMILIES = {
@@ -239,6 +334,33 @@ FAMILIES = {
         grid={
             "weights as they are": {"moe": experts(6, 2, renormalize=False)},
             "gelu": {"activation": "gelu", "num_kv_heads": 1},
+        },
+    ),
+    "deepseek_v3": Family(
+        config=tiny_config(
+            num_layers=3,
+            head_dim=HEAD,
+            latent=LATENT,
+            rope_theta=100.0,
+            rope_interleaved=True,
+            norm_epsilon=1e-6,
+            moe=DEEPSEEK,
+        ),
+        model=deepseek_v3,
+        names=DEEPSEEK_NAMES,
+        wrong={"rope_interleaved": False},
+        perturbed="self_attn.kv_a_layernorm.weight",
+        grid={
+            "queries of the residual stream": {"latent": dataclasses.replace(LATENT, query_rank=None)},
+            "halves turned": {"rope_interleaved": False},
+            "yarn": longer(1.0),
+            "yarn, another weight": longer(0.7),
+            "no dense block": {
+                "num_layers": 2,
+                "mlp_dim": 24,
+                "moe": dataclasses.replace(DEEPSEEK, dense_first=0, expert_dim=None, shared_dim=48),
+            },
+            "one group": {"moe": dataclasses.replace(DEEPSEEK, groups=1, top_groups=1, renormalize=False)},
         },
     ),
 }

@@ -11,7 +11,13 @@ from lmjax.models.decoder import DecoderConfig
 
 Tensors = dict[str, np.ndarray]
 
-SUFFIX = {"kernel": "weight", "matrix": "weight", "scale": "weight", "bias": "bias"}
+SUFFIX = {
+    "kernel": "weight",
+    "matrix": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "choice_bias": "e_score_correction_bias",
+}
 
 
 MATRICES = ("kernel", "matrix")
@@ -91,6 +97,8 @@ def _block_tensors(block: Any, names: Names) -> Tensors:
         width = parts[0].shape[-1] if kind in MATRICES else 1
         if len(parts) == 3 and names.fused == "grouped":
             parts = [_grouped(*parts)]
+        elif names.fused == "grouped" and len(parts) == 2 and parts[0].ndim == 3:  # keys and values of latent attention
+            parts = [np.concatenate(parts, axis=1)]
         tensor = np.concatenate([part.reshape(-1, width) for part in parts])
         if kind not in MATRICES:
             tensor = tensor[:, 0]

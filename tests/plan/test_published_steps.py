@@ -1,0 +1,39 @@
+"""Steps of models that are trained for real, on the pods that they are trained on."""
+
+import pytest
+
+pytest.importorskip("libtpu")
+
+from benchmarks.compile_steps import CASES, GIB, compile_case
+from lmjax.models.counts import parameter_count
+from lmjax.plan.compile import CompiledStep
+
+pytestmark = pytest.mark.proof
+
+
+def compiled(name: str) -> CompiledStep:
+    """Of which a chip holds its even part of the parameters and two moments in float32, and the batch."""
+    case = CASES[name]
+    step = compile_case(case)
+    assert case.too_large(case, step.text) == set()
+    assert "splash" in step.text
+    assert step.total_bytes < case.chip_gib * GIB
+    chips = case.rows * case.mesh.tensor
+    assert step.argument_bytes < 1.001 * 3 * 4 * parameter_count(case.model) / chips + 4 * 5 * 4 * case.length
+    return step
+
+
+def test_llama3_8b_fits_64_chips_with_less_than_10_gib_of_temporaries_and_nothing_quadratic():
+    assert compiled("llama3_8b").temp_bytes < 10 * GIB
+
+
+def test_mixtral_8x7b_fits_128_chips_with_its_experts_over_8_of_them_and_nothing_by_experts_and_tokens():
+    step = compiled("mixtral_8x7b")
+    assert step.temp_bytes < 12 * GIB
+    # A choice is sent to its expert and back, forward, again for the backward pass, and its gradient likewise.
+    assert step.collectives["ragged-all-to-all"].count >= 4
+    assert "all-to-all" not in step.collectives
+
+
+def test_deepseek_v3_fits_1024_chips_with_its_experts_over_16_of_them_and_nothing_by_experts_and_tokens():
+    assert "ragged-all-to-all" in compiled("deepseek_v3").collectives
