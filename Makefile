@@ -82,8 +82,13 @@ proof-plan: env ## compile the 8B train step for its TPU topology (half an hour)
 	$(pytest) -m proof tests/plan/test_published_steps.py -k llama3_8b
 
 .PHONY: proof-moe
-proof-moe: env ## compile the train steps of Mixtral-8x7B and DeepSeek-V3 for their TPU topologies (half an hour)
-	$(pytest) -m proof tests/plan/test_published_steps.py -k "not llama3_8b"
+proof-moe: env ## compile the steps of Mixtral-8x7B and DeepSeek-V3 for TPU (with the newest JAX, ten minutes)
+	$(pytest) -m proof tests/plan/test_published_steps.py -k "deepseek or 128_chips"
+
+.PHONY: proof-moe-gpu
+proof-moe-gpu: EXTRAS := dev,cuda13
+proof-moe-gpu: env ## compile Mixtral-8x7B's step for 8 H200 (give a VENV of its own: JAX's CUDA plugin is large)
+	$(pytest) -m proof tests/plan/test_published_steps.py -k 8_gpus
 
 ##@ Check
 .PHONY: lint

@@ -2,9 +2,10 @@
 
     python benchmarks/compile_steps.py llama3_8b
 
-One sequence a chip or group of chips, bfloat16 compute, float32 parameters and moments, full rematerialisation, all
-else as the configs have it by default; experts drop nothing. Needs libtpu, or for GPUs JAX's CUDA plugin; each takes
-some minutes and 5 GiB on a CPU.
+One sequence a chip (of DeepSeek-V3 one for the eight chips along ``tensor``), bfloat16 compute, float32 parameters and
+moments, full rematerialisation, all else as the configs have it by default; experts drop nothing. Needs libtpu, or for
+GPUs JAX's CUDA plugin; each takes some minutes and 5 GiB on a CPU.
+
 The last line is one JSON object. ``too_large`` are arrays of a kind that may not be there. Llama-3-8B has a peer whose
 figure is a record, not run here: MaxText 0.2.5 (PyPI), its train_compile with llama3.1-8b on v5p-128, the same mesh,
 batch, remat and precision, with jax 0.12.0.1 and libtpu 0.0.51, told by the same field of the compiler's memory
@@ -49,16 +50,18 @@ def quadratic_arrays(case: "Case", text: str) -> set[ArrayShape]:
 
 
 def arrays_by_experts_and_tokens(case: "Case", text: str) -> set[ArrayShape]:
-    """Larger than the rows of all tokens that the experts of a chip may get, and than the inputs of all blocks.
+    """Larger than the rows of all tokens that the experts of a chip may get, the inputs of all blocks, and a parameter.
 
     A one-hot dispatch has tokens x experts x capacity; a product with every expert has experts x tokens x width.
     """
-    model = case.model
+    model, mesh = case.model, case.mesh
     assert model.moe is not None
-    here = min(model.moe.experts_per_token, model.moe.num_experts // case.mesh.expert)
-    rows = case.length * case.mesh.expert * here * max(model.embed_dim, model.expert_dim // case.mesh.tensor)
-    largest = max(rows, case.length * model.embed_dim * model.num_layers)
-    return {found for found in array_shapes(text) if math.prod(found.shape) > largest}
+    here = model.moe.num_experts // mesh.expert
+    rows = case.length * mesh.expert * min(model.moe.experts_per_token, here)
+    rows *= max(model.embed_dim, model.expert_dim // mesh.tensor)
+    inputs = case.length * model.embed_dim * model.num_layers
+    parameter = model.num_layers * here * model.embed_dim * model.expert_dim // (mesh.fsdp * mesh.tensor)
+    return {found for found in array_shapes(text) if math.prod(found.shape) > max(rows, inputs, parameter)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,13 +71,14 @@ class Case:
     name: str
     topology: str
     mesh: MeshConfig
+    rows: int
+    """Sequences of a global batch."""
     length: int
     chip_gib: float
     """Memory of a chip."""
     too_large: Callable[["Case", str], set[ArrayShape]]
     """The arrays of a program that may not be there."""
     peer_temp_gib: float | None = None
-
     config: str | None = None
     """Its file in configs/models, where that has another name."""
 
@@ -86,11 +90,6 @@ class Case:
     def model(self) -> DecoderConfig:
         return load_model(str(MODELS / f"{self.config or self.name}.yaml"))
 
-    @property
-    def rows(self) -> int:
-        """Sequences of a global batch: one for each part of it."""
-        return self.mesh.data * self.mesh.fsdp * self.mesh.expert
-
 
 CASES = {
     case.name: case
@@ -99,6 +98,7 @@ CASES = {
             name="llama3_8b",
             topology="v5p:4x4x4",
             mesh=MeshConfig(fsdp=16, tensor=4),
+            rows=64,
             length=8192,
             chip_gib=95,
             too_large=quadratic_arrays,
@@ -108,6 +108,7 @@ CASES = {
             name="mixtral_8x7b",
             topology="v5p:4x4x8",
             mesh=MeshConfig(fsdp=16, expert=8),
+            rows=128,
             length=4096,
             chip_gib=95,
             too_large=arrays_by_experts_and_tokens,
@@ -116,6 +117,7 @@ CASES = {
             name="deepseek_v3",
             topology="v5p:8x8x16",
             mesh=MeshConfig(fsdp=8, expert=16, tensor=8),
+            rows=128,
             length=4096,
             chip_gib=95,
             too_large=arrays_by_experts_and_tokens,
@@ -124,7 +126,8 @@ CASES = {
             name="mixtral_8x7b_h200",
             config="mixtral_8x7b",
             topology="h200:8",
-            mesh=MeshConfig(expert=8),
+            mesh=MeshConfig(fsdp=1, expert=8),
+            rows=8,
             length=4096,
             chip_gib=131,
             too_large=arrays_by_experts_and_tokens,

@@ -124,11 +124,10 @@ class LatentAttention(nnx.Module):
             # q . (C x P matrix) latent = (q matrix) . latent: all heads look for one key of C + R dimensions, and find
             # latent vectors, of which their values are made (section 2.1.2). Nothing of the width of the heads is kept.
             q_BTNC = self._per_head("btnp,cnp->btnc", q_BTNP, self.key_up, execution)
-            latent_BT1C = _one_head(latent_BTC[:, :, None])
-            q_BTNH, k_BT1H = _joined(q_BTNC, q_BTNR), _one_head(_joined(latent_BT1C, k_BT1R))
-            found_BTNC, cache = attend(
-                self.options, q_BTNH, k_BT1H, latent_BT1C, sinks_N, rows, execution, cache, write
-            )
+            latent_BT1C = latent_BTC[:, :, None]
+            k_BT1H, v_BT1C = _one_head(_joined(latent_BT1C, k_BT1R)), _one_head(latent_BT1C)
+            q_BTNH = _joined(q_BTNC, q_BTNR)
+            found_BTNC, cache = attend(self.options, q_BTNH, k_BT1H, v_BT1C, sinks_N, rows, execution, cache, write)
             out_BTNV = self._per_head("btnc,cnv->btnv", found_BTNC, self.value_up, execution)
         return self.out(out_BTNV, execution), cache
 

@@ -63,7 +63,7 @@ def chunked_attention(
         slopes_KG,
         sinks_KG,
     )
-    return out_IBCKGH.swapaxes(0, 1).reshape(B, num_blocks * size, N, -1)[:, :T]
+    return out_IBCKGH.swapaxes(0, 1).reshape(B, num_blocks * size, N, v_BTKH.shape[3])[:, :T]
 
 
 class Options(NamedTuple):

@@ -1,7 +1,7 @@
 """Attention in plain jnp: all scores of a row, or of a block of queries, at once. What other kernels are compared with.
 
 Legend: B batch, T query positions, S key positions, N query heads, K kv heads, G query heads per kv head,
-R rows of a product (the queries of all heads of a group), H head_dim; values may have a width of their own.
+R rows of a product (the queries of all heads of a group), H head_dim, V that of values.
 """
 
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def reference_attention(
     the result. With ``block``, that many queries are taken at a time, and only the keys that ``mask`` may leave them.
     """
     B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
+    S, K, V = *k_BSKH.shape[1:3], v_BSKH.shape[3]
     slopes_KG, sinks_KG = (None if x is None else x.reshape(K, N // K) for x in (slopes_N, sinks_N))
     # Heads first, once: what follows are products over leading dimensions, and slices of whole rows.
     q_BKGTH = jnp.einsum("btkgh->bkgth", q_BTNH.reshape(B, T, K, N // K, H))
@@ -60,10 +60,10 @@ def reference_attention(
         )
         weights_BKGTS = softmax(scores_BKGTS, visible, sinks_KG).astype(v_BSKH.dtype)
         weights_BKRS = weights_BKGTS.reshape(products_BKRS.shape)
-        parts.append(jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKSH).reshape(B, K, N // K, stop - start, -1))
+        parts.append(jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, v_BKSH).reshape(B, K, N // K, stop - start, V))
     out_BKGTH = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
     out_BTKGH = jnp.einsum("bkgth->btkgh", out_BKGTH)
-    out_BTNH = out_BTKGH.reshape(B, T, N, -1).astype(q_BTNH.dtype)
+    out_BTNH = out_BTKGH.reshape(B, T, N, V).astype(q_BTNH.dtype)
     if segment_ids_BT is not None:
         out_BTNH = jnp.where((segment_ids_BT != 0)[:, :, None, None], out_BTNH, 0)
     return out_BTNH if save_as is None else checkpoint_name(out_BTNH, save_as)

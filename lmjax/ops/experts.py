@@ -102,7 +102,7 @@ def expert_mlp(
         sums = router_sums(logits_BTE, routing, kept_BTK, valid_BT, options.router, BATCH_AXES)
         if y_spec[1] is None:
             return jax.lax.psum(y_BTD, "tensor"), sums
-        return jax.lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True), sums
+        return scattered_sum(y_BTD, "tensor", 1), sums
 
     in_specs = (x_spec, activation_spec(("batch", "seq"), valid_BT.shape), param_specs, rows_spec)
     sums_specs = RouterSums._make(jax.sharding.PartitionSpec() for _ in RouterSums._fields)
@@ -130,14 +130,14 @@ def _gathered(x_BTD, routing: Routing, valid_BT, params: ExpertParams, options: 
     first = jax.lax.axis_index("expert") * num_here
     weights_NK, experts_NK = (array.reshape(-1, array.shape[2]) for array in (routing.weights, routing.experts))
     mine = (x_BTD.reshape(-1, x_BTD.shape[2]), weights_NK, experts_NK, valid_BT.reshape(-1))
-    x_ND, weights_NK, experts_NK, valid_N = (jax.lax.all_gather(array, "expert", tiled=True) for array in mine)
+    x_ND, weights_NK, experts_NK, valid_N = (gathered(array, "expert", 0) for array in mine)
     is_here_NK = (experts_NK >= first) & (experts_NK < first + num_here)
     here_NK = jnp.where(is_here_NK, experts_NK - first, num_here)
     dispatch = dropless(here_NK[None], valid_N[None], num_here)
     most = x_ND.shape[0] * min(num_here, experts_NK.shape[1])
     dispatch = dispatch._replace(choice_of_row=dispatch.choice_of_row[:most])
     rows_MD = _experts(to_experts(x_ND, dispatch), dispatch.sizes, params, options)
-    y_ND = jax.lax.psum_scatter(from_experts(rows_MD, weights_NK, dispatch), "expert", tiled=True)
+    y_ND = scattered_sum(from_experts(rows_MD, weights_NK, dispatch), "expert", 0)
     return y_ND.reshape(x_BTD.shape), None
 
 
@@ -176,6 +176,20 @@ def _with_capacity(x_BTD, routing: Routing, valid_BT, params: ExpertParams, opti
     return y_ND.reshape(x_BTD.shape), dispatch.kept
 
 
+def gathered(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
+    """All devices' parts of x. A compiler may copy what it gathers from one device."""
+    if jax.lax.axis_size(axis_name) == 1:
+        return x
+    return jax.lax.all_gather(x, axis_name, axis=axis, tiled=True)
+
+
+def scattered_sum(x: jax.Array, axis_name: str, axis: int) -> jax.Array:
+    """This device's part of the sum over all of them."""
+    if jax.lax.axis_size(axis_name) == 1:
+        return x
+    return jax.lax.psum_scatter(x, axis_name, scatter_dimension=axis, tiled=True)
+
+
 def _experts(rows, sizes_E, params: ExpertParams, options: ExpertOptions) -> jax.Array:
     """Each row through its expert; over ``tensor``, the sum of all devices' results is the result.
 
@@ -184,7 +198,7 @@ def _experts(rows, sizes_E, params: ExpertParams, options: ExpertOptions) -> jax
 
     def product(rows, w, axis: int, name: str | None) -> jax.Array:
         w = w if options.reduce_f32 else w.astype(rows.dtype)
-        w = jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True).astype(rows.dtype)
+        w = gathered(w, "fsdp", axis).astype(rows.dtype)
         if sizes_E is None:
             result = jnp.einsum("emd,edf->emf", rows, w)
         else:

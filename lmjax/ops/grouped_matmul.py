@@ -73,8 +73,16 @@ def _row_products(rows_MI, w_EDF, sizes_E, equation: str, width: int) -> jax.Arr
 
         return _over_blocks(of_block, results, start, size, len(rows_MI)), None
 
-    zeros, _ = varying_together(jnp.zeros((len(rows_MI), width), rows_MI.dtype), rows_MI)
-    return jax.lax.scan(of_group, zeros, (w_EDF, jnp.cumsum(sizes_E) - sizes_E, sizes_E))[0]
+    empty, _ = varying_together(jax.lax.empty((len(rows_MI), width), rows_MI.dtype), rows_MI)
+    ends_E = jnp.cumsum(sizes_E)
+    results, _ = jax.lax.scan(of_group, empty, (w_EDF, ends_E - sizes_E, sizes_E))
+
+    def zeros(results, row, is_in):
+        before = jax.lax.dynamic_slice_in_dim(results, row, len(is_in))
+        return jax.lax.dynamic_update_slice_in_dim(results, jnp.where(is_in, 0, before), row, axis=0)
+
+    # Most often there are no such rows, and an array of zeros to begin with would be written for nothing.
+    return _over_blocks(zeros, results, ends_E[-1], len(rows_MI) - ends_E[-1], len(rows_MI))
 
 
 def _matrix_gradients(x_MD, dy_MF, sizes_E) -> jax.Array:

@@ -2,8 +2,6 @@
 
 import pytest
 
-pytest.importorskip("libtpu")
-
 from benchmarks.compile_steps import CASES, GIB, compile_case
 from lmjax.models.counts import parameter_count
 from lmjax.plan.compile import CompiledStep
@@ -14,12 +12,15 @@ pytestmark = pytest.mark.proof
 def compiled(name: str) -> CompiledStep:
     """Of which a chip holds its even part of the parameters and two moments in float32, and the batch."""
     case = CASES[name]
+    if case.platform == "tpu":
+        pytest.importorskip("libtpu")
     step = compile_case(case)
     assert case.too_large(case, step.text) == set()
-    assert "splash" in step.text
+    assert case.platform == "gpu" or "splash" in step.text
     assert step.total_bytes < case.chip_gib * GIB
-    chips = case.rows * case.mesh.tensor
-    assert step.argument_bytes < 1.001 * 3 * 4 * parameter_count(case.model) / chips + 4 * 5 * 4 * case.length
+    parts = case.mesh.fsdp * case.mesh.expert * case.mesh.tensor
+    batch = 5 * 4 * case.length * case.rows // (case.mesh.fsdp * case.mesh.expert)
+    assert step.argument_bytes < 1.001 * 3 * 4 * parameter_count(case.model) / parts + batch
     return step
 
 
@@ -37,3 +38,8 @@ def test_mixtral_8x7b_fits_128_chips_with_its_experts_over_8_of_them_and_nothing
 
 def test_deepseek_v3_fits_1024_chips_with_its_experts_over_16_of_them_and_nothing_by_experts_and_tokens():
     assert "ragged-all-to-all" in compiled("deepseek_v3").collectives
+
+
+def test_mixtral_8x7b_fits_8_gpus_with_an_expert_on_each():
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    assert "ragged-all-to-all" in compiled("mixtral_8x7b_h200").collectives
