@@ -6,9 +6,10 @@ Measured on this machine's CPU in float32: 4096 tokens in 4 sequences, width 512
 through 2, nothing dropped; the dense MLP is as wide as two experts. Both run in turn. The routing is that of random
 parameters, as uneven as it comes. Then both are compiled in bfloat16 for one TPU v5p chip that is not here, with
 Mixtral-8x7B's sizes and 16384 tokens, where the compiler tells the seconds that operations and bytes would take at
-best (null with a compiler that does not know, as that of jax 0.10). Needs libtpu. The last line is one JSON object: ``ratio`` is the median over the pairs of the dense MLP's seconds
-by the experts' (so 1 / 1.3 = 0.77 is the least), ``compiled_seconds_ratio`` the same of the compiler's, and ``load``
-the largest share of an expert by the even one.
+best (null with a compiler that does not know them, as that of jax 0.10). Needs libtpu. The last line is one JSON
+object: ``ratio`` is the median over the pairs of the dense MLP's seconds by the experts' (so 1 / 1.3 = 0.77 is the
+least), ``compiled_seconds_ratio`` the same of the compiler's, and ``load`` the largest share of an expert by the even
+one.
 """
 
 import argparse
