@@ -10,6 +10,8 @@ import pytest
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch")
 
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+
 from lmjax.config import load_model  # noqa: E402
 from lmjax.convert.settings import WITHOUT_EFFECT, Settings, read_config_file  # noqa: E402
 from lmjax.errors import InputError  # noqa: E402
@@ -36,6 +38,7 @@ SCALINGS = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 16},
     "yarn without a first length": {"rope_type": "yarn", "factor": 4.0},
     "yarn with its own factor of attention": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
+    "yarn with two weights": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0},
     "llama3": LLAMA3_1["rope_scaling"],
     "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "factor": 8.0},
     "both names of the kind": {"type": "linear", "rope_type": "linear", "factor": 4.0},
@@ -146,6 +149,8 @@ def test_each_key_changes_the_decoder_or_is_refused_where_it_changes(name):
         unread |= {"use_sliding_window", "sliding_window"}  # one by itself, that is
     if values.get("decoder_sparse_step") == 1 and not values["mlp_only_layers"]:
         unread |= {"intermediate_size"}  # of dense layers
+    if "kv_lora_rank" in values:  # the first two are computed, the third counts layers that are left out
+        unread |= {"head_dim", "qk_head_dim", "num_nextn_predict_layers"}
     for key in values.keys() - unread:
         for other in others(values[key]):
             assert outcome(values | {key: other}) != original, (key, other)
@@ -199,6 +204,16 @@ def test_each_spelling_of_a_scaling_is_read_as_transformers_reads_it(name):
     assert read_values(rest | {"rope_parameters": nested})[1] == config
 
 
+@pytest.mark.parametrize("weights", [(0.7, 1.0), (1.0, 1.0), (0.0, 1.0)])
+def test_the_weights_of_yarn_are_the_factor_that_transformers_makes_of_them(weights):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    scaling |= dict(zip(("mscale", "mscale_all_dim"), weights, strict=True))
+    values = LLAMA3_1 | {"rope_scaling": scaling}
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](their_config(values))
+    found = read_values(values)[1].rope_scaling
+    assert found.frequencies(500_000.0, 128, None)[1] == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "scaling",
     [
@@ -207,7 +222,7 @@ def test_each_spelling_of_a_scaling_is_read_as_transformers_reads_it(name):
         {"rope_type": "linear", "factor": "4"},
         {"rope_type": "linear", "factor": 0.5},
         {"rope_type": "linear", "factor": 4.0, "low_freq_factor": 1.0},
-        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0, "mscale_of_none": 1.0},
         {"rope_type": "llama3", "factor": 8.0},
         {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 3, "attention_factor": 1.0},
         {"mrope_section": [16, 24, 24]},
