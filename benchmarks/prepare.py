@@ -7,10 +7,12 @@ and the Unicode form have work. The peer has all texts in memory and encodes the
 core. We read, clean, split, find duplicates, encode, write shards with checksums and plan the packing, on one core
 without and with ftfy, and on two. All run one after the other in each round, every one in a process of its own that
 is started and has imported what it needs before its clock runs; workers start while it runs. ``ratio`` is the median
-of the peer's seconds by ours, on one core without ftfy; ``two_cores`` is the median of our seconds on one core by
-those on two. Where other work shares the machine, ``ratio_cpu`` says more: the same of the seconds that the
-processors worked. Then the peak memory of one process is taken on a quarter of the corpus and on ten times that.
-Without --tokenizer, SentencePiece trains one of 8,192 tokens first. The last line is one JSON object.
+of the peer's seconds by ours, on one core without ftfy; ``two_cores`` is the median of our seconds on one core, the
+mean of a run before and one after, since a shared machine's speed drifts, by those on two, and ``two_cores_by_peer``
+of the peer's seconds by those. Where other work shares the machine, the same of the seconds that the processors worked
+says more: ``ratio_cpu``, and ``two_cores_cpu``, which is under 1 by what two cores cost each other. Then the peak
+memory of one process is taken on a quarter of the corpus and on ten times that. Without --tokenizer, SentencePiece
+trains one of 8,192 tokens first. The last line is one JSON object.
 """
 
 import argparse
@@ -112,6 +114,8 @@ def measured(work: Callable[[], int]) -> Measured:
     before, began = cpu_seconds(), time.perf_counter()
     tokens = work()
     seconds = time.perf_counter() - began
+    for process in multiprocessing.active_children():  # idle, and counted when they have ended
+        process.join()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Measured(seconds, cpu_seconds() - before, peak, tokens)
 
@@ -131,7 +135,7 @@ def alone(num_cores: int, function: Callable[..., Measured], *arguments: Any) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each of the four")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each")
     parser.add_argument("--mebibytes", type=float, default=128, help="size of the corpus")
     parser.add_argument("--tokenizer", type=Path, help="a .model or tokenizer.json file; else one is trained")
     arguments = parser.parse_args()
@@ -148,10 +152,11 @@ def main() -> None:
             tokenizer.write_bytes(train_model(SentencePieceTrained(vocab_size=8192), texts))
         for number in range(arguments.rounds):
             found = {
+                "ours_ftfy": alone(1, ours, corpus, tokenizer, 1, True),
                 "peer": alone(1, peer, corpus, tokenizer),
                 "ours": alone(1, ours, corpus, tokenizer, 1, False),
-                "ours_ftfy": alone(1, ours, corpus, tokenizer, 1, True),
                 "ours_two_cores": alone(2, ours, corpus, tokenizer, 2, False),
+                "ours_again": alone(1, ours, corpus, tokenizer, 1, False),
             }
             rounds.append(found)
             print(
@@ -172,13 +177,21 @@ def main() -> None:
     def ratio(over: str, under: str, field: str = "seconds") -> float:
         return round(statistics.median(getattr(row[over], field) / getattr(row[under], field) for row in rounds), 3)
 
+    def scaling(field: str) -> float:
+        of_rounds = [{name: getattr(found, field) for name, found in row.items()} for row in rounds]
+        return round(
+            statistics.median((row["ours"] + row["ours_again"]) / 2 / row["ours_two_cores"] for row in of_rounds), 3
+        )
+
     result = {
         "name": "prepare",
         "ratio": ratio("peer", "ours"),
         "ratio_cpu": ratio("peer", "ours", "cpu_seconds"),
         "ratio_ftfy": ratio("peer", "ours_ftfy"),
         "ratio_ftfy_cpu": ratio("peer", "ours_ftfy", "cpu_seconds"),
-        "two_cores": ratio("ours", "ours_two_cores"),
+        "two_cores": scaling("seconds"),
+        "two_cores_cpu": scaling("cpu_seconds"),
+        "two_cores_by_peer": ratio("peer", "ours_two_cores"),
         "peak_mebibytes": [round(peak / 2**20) for peak in peaks],
         "peak_growth": round(peaks[1] / peaks[0], 3),
         "tokens_per_second": round(statistics.median(row["ours"].tokens / row["ours"].seconds for row in rounds)),

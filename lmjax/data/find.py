@@ -55,10 +55,12 @@ def walk(root: str, extensions: tuple[str, ...], left_out: frozenset[str] = froz
     """The files of a directory on a disk, to the bottom, without hidden directories and those ``left_out``."""
     for directory, inner, names in os.walk(root, onerror=lambda error: refuse(error, root)):
         inner[:] = [name for name in inner if not name.startswith(".") and name not in left_out]
+        place = Path(os.path.relpath(directory, root)).as_posix()
+        before = "" if place == "." else f"{place}/"
         for name in names:
             path = os.path.join(directory, name)
             if _unpacked_name(name).endswith(extensions) and os.path.isfile(path):
-                yield _on_disk(Path(os.path.relpath(path, root)).as_posix(), path)
+                yield _on_disk(before + name, path)
 
 
 def _find_remote(path: str, extensions: tuple[str, ...]) -> tuple[Iterator[Found], str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lmjax.data.files import write_bytes
 from lmjax.data.index import ShardEntry
-from lmjax.data.parts import SPLITS, Volume, read_splits, read_tokens
+from lmjax.data.parts import SPLITS, Volume, read_tokens
 from lmjax.data.shards import shard_file, write_shard
 
 SHARDS, MIN_SHARD_BYTES = 16, 2**23
@@ -79,14 +79,14 @@ def select(volumes: Sequence[Volume], *, directory: Path, shard_bytes: int, dtyp
     """
     jobs, lengths_of_jobs = [], []
     duplicates = 0
-    digests, lengths_of_volumes = _read(volumes)
+    lengths_of_volumes = {split: [volume.splits[split].lengths for volume in volumes] for split in SPLITS}
     itemsize = np.dtype(dtype).itemsize
     total = itemsize * sum(int(lengths.sum()) for of_split in lengths_of_volumes.values() for lengths in of_split)
     shard_tokens = max(min(shard_bytes, max(total // SHARDS, MIN_SHARD_BYTES)) // itemsize, 1)
     for split in SPLITS:
         shards: dict[str | None, dict[int, list[tuple[Take, np.ndarray]]]] = {}
         tokens_before: dict[str | None, int] = collections.defaultdict(int)
-        is_first = _first_of_equals(digests[split])
+        is_first = _first_of_equals(np.concatenate([volume.splits[split].digests for volume in volumes]))
         for volume, lengths in zip(volumes, lengths_of_volumes[split], strict=True):
             here, is_first = np.split(is_first, [len(lengths)])
             kept = np.flatnonzero(here)
@@ -120,17 +120,6 @@ def make_shard(job: ShardJob) -> MadeShard:
     content = {"key": job.key, "entry": entry, "token_counts": counts.tolist()}
     write_bytes(record, json.dumps(content).encode())
     return MadeShard(ShardEntry(**entry), counts)
-
-
-def _read(volumes: Sequence[Volume]) -> tuple[dict[str, np.ndarray], dict[str, list[np.ndarray]]]:
-    """By split: the digests of all documents, and the lengths of each volume's."""
-    digests: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    lengths: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    for volume in volumes:
-        for split, found in read_splits(volume.path).items():
-            digests[split].append(found.digests)
-            lengths[split].append(found.lengths)
-    return {split: np.concatenate(digests.pop(split)) for split in SPLITS}, lengths
 
 
 def _first_of_equals(digests: np.ndarray) -> np.ndarray:

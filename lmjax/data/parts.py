@@ -90,16 +90,6 @@ class PartSums(NamedTuple):
     """Files that hold the documents."""
 
 
-class Volume(NamedTuple):
-    """A file with documents of a part."""
-
-    path: str
-    key: str
-    """Digest of all that its content depends on."""
-    source: str | None = None
-    """The name of the source that they are of; None where sources have none."""
-
-
 class SplitOfPart(NamedTuple):
     """The documents of a volume that fall in one split, in their order."""
 
@@ -107,6 +97,17 @@ class SplitOfPart(NamedTuple):
     """uint8 [documents, 16]: BLAKE2b of the cleaned text."""
     lengths: np.ndarray
     """int64 [documents]: tokens, with BOS and EOS."""
+
+
+class Volume(NamedTuple):
+    """A file with documents of a part."""
+
+    path: str
+    key: str
+    """Digest of all that its content depends on."""
+    splits: dict[str, SplitOfPart]
+    source: str | None = None
+    """The name of the source that they are of; None where sources have none."""
 
 
 class Parts:
@@ -165,7 +166,7 @@ def make_part(job: PartJob) -> PartSums:
     documents = tokens = volumes = 0
     for batch in _batches(texts):
         if held.characters >= VOLUME_CHARACTERS:
-            _write(_volume(job, volumes).path, held, {})
+            _write(_volume(job, volumes)[0], held, {})
             held = _Held(recipe.dtype)
             volumes += 1
         for split, batch_digests, batch_texts in _by_split(batch, recipe.validation_fraction):
@@ -212,15 +213,15 @@ def _write(path: str, held: _Held, notes: dict[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
-def volumes(part: Part, count: int, source: str | None) -> list[Volume]:
-    """The ``count`` files of a finished part, in the order of its documents."""
-    earlier = (_volume(part, number) for number in range(count - 1))
-    return [volume._replace(source=source) for volume in (*earlier, Volume(part.path, part.key))]
+def read_volumes(part: Part, count: int, source: str | None) -> list[Volume]:
+    """The ``count`` files of a finished part, in the order of its documents; tokens are left where they are."""
+    names = [*(_volume(part, number) for number in range(count - 1)), (part.path, part.key)]
+    return [Volume(path, key, read_splits(path), source) for path, key in names]
 
 
-def _volume(part: Part | PartJob, number: int) -> Volume:
-    """One of those before the last, which stands for the part."""
-    return Volume(f"{part.path.removesuffix('.npz')}.{number}.npz", f"{part.key}.{number}")
+def _volume(part: Part | PartJob, number: int) -> tuple[str, str]:
+    """Path and key of one of those before the last, which stands for the part."""
+    return f"{part.path.removesuffix('.npz')}.{number}.npz", f"{part.key}.{number}"
 
 
 def read_sums(path: str) -> PartSums:

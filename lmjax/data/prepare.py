@@ -23,7 +23,7 @@ from lmjax.data.files import write_bytes, writing
 from lmjax.data.index import INDEX_FILE, Index, read_index, write_index
 from lmjax.data.input_files import InputFile
 from lmjax.data.merge import make_shard, select
-from lmjax.data.parts import MAX_NAMED, Parts, PartSums, Recipe, make_part, read_sums, volumes
+from lmjax.data.parts import MAX_NAMED, Parts, PartSums, Recipe, Volume, make_part, read_sums, read_volumes
 from lmjax.data.plans import ensure_plans
 from lmjax.data.sample import sample_texts, train_model
 from lmjax.data.shards import token_dtype
@@ -198,14 +198,9 @@ def _make(
         dtype=dtype,
     )
     parts = Parts(files, recipe, work / "parts")
-    sums = _make_parts(parts, workers, report)
-    found = [
-        volume
-        for part, of_part in zip(parts.parts, sums, strict=True)
-        for volume in volumes(part, of_part.volumes, data.sources[part.source].name)
-    ]
+    sums, volumes = _make_parts(parts, [source.name for source in data.sources], workers, report)
     selection = select(
-        found, directory=work, shard_bytes=data.shard_bytes, dtype=dtype, vocab_size=tokenizer.vocab_size
+        volumes, directory=work, shard_bytes=data.shard_bytes, dtype=dtype, vocab_size=tokenizer.vocab_size
     )
     documents, tokens = sum(part.documents for part in sums), sum(part.tokens for part in sums)
     num_skipped = sum(part.num_skipped for part in sums)
@@ -272,23 +267,33 @@ def _make_tokenizer(
     return tokenizer
 
 
-def _make_parts(work: Parts, workers: Workers, report: Callable[[Progress], None]) -> list[PartSums]:
-    """Make the parts that are not there yet; the sums of all, in order."""
+def _make_parts(
+    work: Parts, sources: Sequence[str | None], workers: Workers, report: Callable[[Progress], None]
+) -> tuple[list[PartSums], list[Volume]]:
+    """Make the parts that are not there yet; the sums and the volumes of all, in order. ``sources``: their names."""
     parts = work.parts
-    found = [read_sums(part.path) if Path(part.path).is_file() else None for part in parts]
-    missing = [number for number, sums in enumerate(found) if sums is None]
+    sums: dict[int, PartSums] = {}
+    volumes: dict[int, list[Volume]] = {}
     total = sum(part.num_bytes for part in parts)
-    done = total - sum(parts[number].num_bytes for number in missing)
-    documents, tokens = (sum(getattr(sums, name) for sums in found if sums) for name in ("documents", "tokens"))
+    done = documents = tokens = 0
+
+    def finish(number: int, found: PartSums) -> None:
+        nonlocal done, documents, tokens
+        part = parts[number]
+        sums[number] = found
+        volumes[number] = read_volumes(part, found.volumes, sources[part.source])  # here, while workers make others
+        done, documents, tokens = done + part.num_bytes, documents + found.documents, tokens + found.tokens
+
+    for number, part in enumerate(parts):
+        if Path(part.path).is_file():
+            finish(number, read_sums(part.path))
+    missing = [number for number in range(len(parts)) if number not in sums]
     report(Progress("tokenize", done, total, documents, tokens))
-    for place, sums in workers.run(make_part, (work.job(parts[number]) for number in missing)):
-        number = missing[place]
-        found[number] = sums
-        done += parts[number].num_bytes
-        documents += sums.documents
-        tokens += sums.tokens
+    for place, found in workers.run(make_part, (work.job(parts[number]) for number in missing)):
+        finish(missing[place], found)
         report(Progress("tokenize", done, total, documents, tokens))
-    return [sums for sums in found if sums is not None]
+    numbers = range(len(parts))
+    return [sums[number] for number in numbers], [volume for number in numbers for volume in volumes[number]]
 
 
 def _publish(index: Index, work: Path, directory: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from lmjax.data import merge
 from lmjax.data.merge import make_shard, select
-from lmjax.data.parts import Volume, digest_of
+from lmjax.data.parts import Volume, digest_of, read_splits
 from lmjax.data.shards import Documents
 
 pytestmark = pytest.mark.fast
@@ -27,7 +27,7 @@ def make_parts(tmp_path):
             empty = {f"validation_{name[6:]}": array[:0] for name, array in arrays.items()}
             path = tmp_path / f"part-{number}.npz"
             np.savez(path, **arrays, **empty)
-            jobs.append(Volume(str(path), words))
+            jobs.append(Volume(str(path), words, read_splits(str(path))))
         return jobs
 
     return make
