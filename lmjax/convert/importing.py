@@ -115,7 +115,7 @@ def import_model(
         num_parameters=source.num_parameters,
         source_dtype=source.dtype,
         source_bytes=source.num_bytes,
-        left_out=len(source.left_out),
+        left_out=source.left_out,
     )
 
 

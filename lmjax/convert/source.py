@@ -127,8 +127,8 @@ class Source:
     files: TensorFiles
     pieces: tuple[Piece, ...]
     """The tensors that are read, with the names that they have in the files."""
-    left_out: tuple[str, ...] = ()
-    """Tensors of layers that predict further tokens, which the decoder has not."""
+    left_out: int = 0
+    """How many tensors are of layers that predict further tokens, which the decoder has not."""
 
     @property
     def huggingface(self) -> Path:
@@ -218,8 +218,7 @@ def open_source(path: str | Path) -> Source:
     files = open_tensors(path if gguf is None else gguf)
     wanted = pieces(family, config)
     names = _names_in_files(family, wanted, files)
-    left_out = tuple(inner for name, inner in names.items() if is_of_further_layer(family, config, name))
-    names = {name: inner for name, inner in names.items() if inner not in left_out}
+    names = {name: inner for name, inner in names.items() if not is_of_further_layer(family, config, name)}
     tied = f"{family.head}.weight" if config.tie_embeddings else None
     _check(path, family, wanted, names, files, tied)
     renamed = [piece._replace(name=names[piece.name]) for piece in wanted]
@@ -233,7 +232,7 @@ def open_source(path: str | Path) -> Source:
         leaves=dict(_leaves(renamed, files)),
         files=files,
         pieces=tuple(renamed),
-        left_out=left_out,
+        left_out=len(files.infos) - len(names),
     )
 
 
@@ -248,6 +247,13 @@ def find_family(settings: Mapping[str, Any], place: str) -> Family:
 
 def read_model(family: Family, settings: Mapping[str, Any], place: str) -> DecoderConfig:
     """The decoder that a config.json describes. Raises InputError for what the decoder cannot do."""
+    if quantization := settings.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise InputError(
+            f"{place}: quantization_config: the weights are quantized ({method or quantization}), and those that are "
+            f"converted are {' or '.join(DTYPES)}. Make a copy in bfloat16, without quantization_config, with what the "
+            "model's publisher gives for it or with transformers' `dequantize`, and convert that."
+        )
     reading = Settings(settings, place)
     fields = family.read_config(reading)
     reading.refuse_rest()

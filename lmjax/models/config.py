@@ -119,7 +119,7 @@ class DecoderConfig:
     attention_sinks: bool = False
     """Whether each head has a score that takes part in the softmax and has no value."""
     qkv_clip: float | None = None
-    """Largest absolute value of queries, keys and values after their projections."""
+    """Largest absolute value of queries, keys and values after their projections and norms."""
 
     tie_embeddings: bool = False
     """Whether the output logits are products with the embedding table itself."""

@@ -92,15 +92,7 @@ class Attention(nnx.Module):
         self.query_norm = norm(N, "heads")
         self.key_norm = norm(K, "kv_heads")
         self.sinks = constant(0.0, (N,), ("heads",)) if options.sinks else None
-        self.out = Projection(
-            "btnh,nhd->btd",
-            (N, H, D),
-            ("heads", "head_dim", "embed"),
-            ("batch", "seq_residual", "embed"),
-            bias_axes=("norm",) if options.out_bias else None,
-            std=output_std,
-            key=out_key,
-        )
+        self.out = out_projection(options, H, output_std, out_key)
 
     def __call__(
         self,
@@ -114,17 +106,30 @@ class Attention(nnx.Module):
         """The output, and the cache with these tokens in it."""
         options = self.options
         q_BTNH, k_BTKH, v_BTKH = (project(x_BTD, execution) for project in (self.query, self.key, self.value))
-        if options.qkv_clip is not None:
-            limit = options.qkv_clip
-            q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, -limit, limit) for x in (q_BTNH, k_BTKH, v_BTKH))
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if options.qkv_clip is not None:  # after the norms, as transformers' OlmoeAttention has it
+            limit = options.qkv_clip
+            q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, -limit, limit) for x in (q_BTNH, k_BTKH, v_BTKH))
         if options.rope is not None:
             assert rotation is not None
             q_BTNH, k_BTKH = options.rope.rotate(q_BTNH, rotation), options.rope.rotate(k_BTKH, rotation)
         sinks_N = None if self.sinks is None else self.sinks[...]
         out_BTNH, cache = attend(options, q_BTNH, k_BTKH, v_BTKH, sinks_N, rows, execution, cache, write)
         return self.out(out_BTNH, execution), cache
+
+
+def out_projection(options: AttentionOptions, value_dim: int, std: float, key: PRNGKeyArray) -> Projection:
+    """From what all heads found to the residual stream."""
+    return Projection(
+        "btnh,nhd->btd",
+        (options.num_heads, value_dim, options.embed_dim),
+        ("heads", "head_dim", "embed"),
+        ("batch", "seq_residual", "embed"),
+        bias_axes=("norm",) if options.out_bias else None,
+        std=std,
+        key=key,
+    )
 
 
 def attend(

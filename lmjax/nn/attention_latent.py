@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lmjax.nn.attention import AttentionOptions, Rows, attend
+from lmjax.nn.attention import AttentionOptions, Rows, attend, out_projection
 from lmjax.nn.cache import CacheWrite, LayerCache
 from lmjax.nn.execution import LayerExecution
 from lmjax.nn.norm import Norm
@@ -86,15 +86,7 @@ class LatentAttention(nnx.Module):
         self.key_up = heads(C, "latent_in", H - R, k_up_key)
         self.value_up = heads(C, "latent_in", V, v_up_key)
         self.sinks = constant(0.0, (N,), ("heads",)) if options.sinks else None
-        self.out = Projection(
-            "btnh,nhd->btd",
-            (N, V, D),
-            ("heads", "head_dim", "embed"),
-            ("batch", "seq_residual", "embed"),
-            bias_axes=("norm",) if options.out_bias else None,
-            std=output_std,
-            key=out_key,
-        )
+        self.out = out_projection(options, V, output_std, out_key)
 
     def __call__(
         self,

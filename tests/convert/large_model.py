@@ -1,4 +1,4 @@
-"""Models of the Llama kind, as large as is asked for, written tensor by tensor; and a watch on what memory is taken."""
+"""Models as large as is asked for, written tensor by tensor; and a watch on what memory is taken."""
 
 import dataclasses
 import math
@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.convert.families.llama import FAMILY
+from lmjax.convert.families import FAMILIES
 from lmjax.convert.pieces import Piece, pieces
 from lmjax.convert.safetensors_files import SafetensorsWriter
 from lmjax.convert.settings import CONFIG_FILE, write_json
 from lmjax.models.config import DecoderConfig
+from lmjax.nn.moe import MoEConfig
 
 PASSED = 77
 """The exit code of a process that took more than its limit."""
@@ -29,29 +30,44 @@ def tensor_of(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write_model(
-    directory: Path, config: DecoderConfig, *, dtype: Any = "float32", shard_bytes: int = 2_000_000_000, **settings: Any
+    directory: Path,
+    config: DecoderConfig,
+    *,
+    family: str = "llama",
+    dtype: Any = "float32",
+    shard_bytes: int = 2_000_000_000,
+    **settings: Any,
 ) -> list[Piece]:
     """A Hugging Face directory with that model, and ``settings`` in its config.json besides."""
     directory.mkdir(parents=True)
-    wanted = pieces(FAMILY, config)
+    wanted = pieces(FAMILIES[family], config)
     shapes = [(piece.name, piece.shape) for piece in wanted]
     writer = SafetensorsWriter(directory, shapes, dtype=dtype, shard_bytes=shard_bytes)
     for piece in wanted:
         writer.write(piece.name, tensor_of(piece.name, piece.shape))
     writer.finish()
-    keys = {"model_type": "llama", "torch_dtype": dtype, **FAMILY.write_config(config), **settings}
+    keys = {"model_type": family, "torch_dtype": dtype, **FAMILIES[family].write_config(config), **settings}
     write_json(directory / CONFIG_FILE, keys)
     return wanted
 
 
-def large_config(num_bytes: int) -> DecoderConfig:
-    """A model of about so many bytes in float32."""
+def large_config(family: str, num_bytes: int) -> DecoderConfig:
+    """A model of about so many bytes in float32: of the Llama kind, or of that of Mixtral or DBRX."""
     layer = DecoderConfig(
         vocab_size=32_000, max_length=2048, embed_dim=2048, num_heads=16, mlp_dim=8192, num_layers=1, norm_epsilon=1e-6
     )
-    of_layer = sum(4 * math.prod(piece.shape) for piece in pieces(FAMILY, layer) if ".layers." in piece.name)
-    tables = 2 * 4 * layer.vocab_size * layer.embed_dim
-    return dataclasses.replace(layer, num_layers=max(1, round((num_bytes - tables) / of_layer)))
+    if family != "llama":
+        experts = MoEConfig(num_experts=8, experts_per_token=2)
+        layer = dataclasses.replace(layer, embed_dim=1024, mlp_dim=4096, moe=experts)
+    if family == "dbrx":
+        layer = dataclasses.replace(layer, norm="layer", norm_epsilon=1e-5, qkv_clip=8.0)
+
+    def bytes_of(num_layers: int) -> int:
+        config = dataclasses.replace(layer, num_layers=num_layers)
+        return sum(4 * math.prod(piece.shape) for piece in pieces(FAMILIES[family], config))
+
+    of_layer = bytes_of(2) - bytes_of(1)
+    return dataclasses.replace(layer, num_layers=max(1, 1 + round((num_bytes - bytes_of(1)) / of_layer)))
 
 
 def anonymous_bytes() -> int:

@@ -85,10 +85,10 @@ def turned(x, positions, rope: Rope):
 def by_hand(given: dict[str, Any], options: AttentionOptions, x, prefix=None, segment_ids=SEGMENT_IDS):
     """Each head and query on its own, in float64."""
     q, k, v = (np.tensordot(x, given[name], 1) + given[f"{name}.bias"] for name in ("query", "key", "value"))
-    if options.qkv_clip is not None:
-        q, k, v = (np.clip(array, -options.qkv_clip, options.qkv_clip) for array in (q, k, v))
     if options.qk_norm is not None:
         q, k = normed(q, given["query_norm"], options), normed(k, given["key_norm"], options)
+    if options.qkv_clip is not None:
+        q, k, v = (np.clip(array, -options.qkv_clip, options.qkv_clip) for array in (q, k, v))
     if options.rope is not None:
         q, k = turned(q, POSITIONS, options.rope), turned(k, POSITIONS, options.rope)
     slopes = np.zeros(N) if options.slopes is None else np.array(options.slopes)

@@ -14,7 +14,6 @@ from lmjax.models.config import DecoderConfig
 def read_config(settings: Settings) -> dict[str, Any]:
     settings.rename({"num_local_experts": "num_experts"})
     settings.expect("head_dim", None)
-    settings.expect("clip_qkv", None)  # here after the norms of queries and keys, and not before
     shared = llama.read_shared(
         settings,
         vocab_size=50304,
@@ -31,6 +30,7 @@ def read_config(settings: Settings) -> dict[str, Any]:
         **llama.read_biases(settings),
         "activation": read_activation(settings, "hidden_act", "silu"),
         "qk_norm": "full",
+        "qkv_clip": settings.take("clip_qkv", None),
         "moe": read_moe(
             settings,
             num_experts=settings.take("num_experts", 64),
@@ -45,6 +45,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     return {
         **llama.write_shared(config),
         "attention_bias": config.qkv_bias,
+        "clip_qkv": config.qkv_clip,
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.experts_per_token,
         "norm_topk_prob": moe.renormalize,

@@ -155,6 +155,7 @@ def olmoe(config: DecoderConfig):
             num_experts=moe.num_experts,
             num_experts_per_tok=moe.experts_per_token,
             norm_topk_prob=moe.renormalize,
+            clip_qkv=config.qkv_clip,
             eos_token_id=None,
         )
     )
@@ -323,7 +324,10 @@ FAMILIES = {
         names=NAMES,
         wrong={"moe": experts(8, 4)},
         perturbed="self_attn.k_norm.weight",
-        grid={"multi-head, weights of sum 1": {"num_kv_heads": None, "moe": experts(8, 1, renormalize=False)}},
+        grid={
+            "multi-head, weights of sum 1": {"num_kv_heads": None, "moe": experts(8, 1, renormalize=False)},
+            "clipped after the norms": {"qkv_clip": 0.8},
+        },
     ),
     "dbrx": Family(
         config=tiny_config(num_kv_heads=2, rope_theta=100.0, norm="layer", qkv_clip=1.5, moe=experts(6, 4)),
