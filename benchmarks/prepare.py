@@ -114,8 +114,6 @@ def measured(work: Callable[[], int]) -> Measured:
     before, began = cpu_seconds(), time.perf_counter()
     tokens = work()
     seconds = time.perf_counter() - began
-    for process in multiprocessing.active_children():  # idle, and counted when they have ended
-        process.join()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Measured(seconds, cpu_seconds() - before, peak, tokens)
 

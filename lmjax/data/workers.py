@@ -32,10 +32,9 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # After an error some may still write; else all are idle, and how long they take to end is nobody's time.
+    def __exit__(self, *_: object) -> None:
         for executor in self._depths:
-            executor.shutdown(wait=error is not None, cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
 
     def run(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[tuple[int, Result]]:
         """(number, result) of every job as they finish. The first error of a job is raised, and the rest left undone.
