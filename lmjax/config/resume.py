@@ -5,8 +5,20 @@ from typing import Any, NamedTuple
 
 from lmjax.errors import InputError
 
-MAY_CHANGE = ("mesh", "train.steps", "logging", "checkpoint", "evaluate", "data.path", "data.num_workers")
-"""What changes no batch and no update. A dataset that was moved is known by its fingerprint."""
+MAY_CHANGE = (
+    "mesh",
+    "train.steps",
+    "train.remat",
+    "train.attention_kernel",
+    "train.expert_exchange",
+    "logging",
+    "checkpoint",
+    "evaluate",
+    "data.path",
+    "data.num_workers",
+)
+"""What changes no batch, and of an update the last bits at most: another mesh may need other kernels and less memory. A
+dataset that was moved is known by its fingerprint."""
 
 
 class Difference(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmjax.config import RunConfig, dump, load, load_model
-from lmjax.config.resume import MAY_CHANGE
+from lmjax.config.resume import MAY_CHANGE, check_resume
 from lmjax.errors import InputError
 from lmjax.models.decoder import DecoderConfig
 
@@ -21,6 +21,14 @@ def test_the_sections_are_those_of_the_contract():
     sections = "model tokenizer data mesh precision optimizer train checkpoint evaluate logging run_dir"
     assert {field.name for field in dataclasses.fields(RunConfig)} == set(sections.split())  # pyright: ignore
     assert {key.partition(".")[0] for key in MAY_CHANGE} < set(sections.split())
+
+
+def test_what_another_mesh_may_need_may_change_on_resume():
+    needed = ["train.attention_kernel=reference", "train.expert_exchange=gather", "train.remat.policy=full"]
+    config = load(QUICKSTART)
+    check_resume(config, load(QUICKSTART, ["mesh.fsdp=2", *needed]), "runs/x")
+    with pytest.raises(InputError, match=r"train\.z_loss: the run has 0\.0, the config 0\.1"):
+        check_resume(config, load(QUICKSTART, [*needed, "train.z_loss=0.1"]), "runs/x")
 
 
 def test_a_resolved_config_loads_back_to_itself(tmp_path):
