@@ -1,0 +1,25 @@
+"""Benchmarks for machines that are lent by the hour: they run, and what they compare computes the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_all_forms_of_a_layer_of_experts_give_what_transformers_block_gives():
+    pytest.importorskip("torch")
+    command = [sys.executable, "-m", "benchmarks.moe_gpu", "--small", "--rounds", "1"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    forms = json.loads(done.stdout.splitlines()[-1])["forms"]
+    assert forms.keys() >= {"dense", "blocks", "ragged_dot", "transformers eager", "transformers grouped_mm"}
+    for name, form in forms.items():
+        assert form["seconds"] > 0, (name, form)
+        assert name == "dense" or form["difference"] < 1e-5, name
