@@ -9,8 +9,9 @@ from lmjax.plan.compile import CompiledStep
 pytestmark = pytest.mark.proof
 
 
-def compiled(name: str) -> CompiledStep:
-    """Of which a chip holds its even part of the parameters and two moments in float32, and the batch."""
+def compiled(name: str, *, share: float = 1.001) -> CompiledStep:
+    """Of which a chip holds the batch and its even part of the parameters and two moments in float32, ``share`` of it
+    at most."""
     case = CASES[name]
     if case.platform == "tpu":
         pytest.importorskip("libtpu")
@@ -20,7 +21,7 @@ def compiled(name: str) -> CompiledStep:
     assert step.total_bytes < case.chip_gib * GIB
     parts = case.mesh.fsdp * case.mesh.expert * case.mesh.tensor
     batch = 5 * 4 * case.length * case.rows // (case.mesh.fsdp * case.mesh.expert)
-    assert step.argument_bytes < 1.001 * 3 * 4 * parameter_count(case.model) / parts + batch
+    assert step.argument_bytes < share * 3 * 4 * parameter_count(case.model) / parts + batch
     return step
 
 
@@ -37,7 +38,8 @@ def test_mixtral_8x7b_fits_128_chips_with_its_experts_over_8_of_them_and_nothing
 
 
 def test_deepseek_v3_fits_1024_chips_with_its_experts_over_16_of_them_and_nothing_by_experts_and_tokens():
-    assert "ragged-all-to-all" in compiled("deepseek_v3").collectives
+    # Routers and the projections to and of the latent vectors are not split over tensor: 1.4% more.
+    assert "ragged-all-to-all" in compiled("deepseek_v3", share=1.02).collectives
 
 
 def test_mixtral_8x7b_fits_8_gpus_with_an_expert_on_each():
