@@ -78,7 +78,7 @@ test-newest-fast: ## make test-fast on Python 3.12 or newer with the newest JAX
 test-jax-0.11: ## make test on Python 3.12 or newer with the oldest JAX that it may have
 	$(MAKE) test VENV=$(VENV_JAX_0_11) PYTHON='$(PYTHON_NEWEST)' CONSTRAINTS="'jax==0.11.2'"
 
-# The older compilers that come with JAX 0.10 need more memory for these steps, so that they are made with the newest.
+# With JAX 0.10 DeepSeek-V3's step has arrays that grow with experts x tokens, so that these are made with the newest.
 in_newest = $(MAKE) env VENV=$(1) EXTRAS=dev,$(2) PYTHON='$(PYTHON_NEWEST)' && $(1)/bin/python -m pytest -m proof
 
 .PHONY: proof-plan

@@ -1,6 +1,6 @@
 """A layer of experts on one GPU, in every form that there is, against a dense MLP with the same operations a token.
 
-    python -m benchmarks.moe_gpu            # Mixtral-8x7B's sizes and 16384 tokens in bfloat16: 30 GiB of a GPU
+    python -m benchmarks.moe_gpu            # Mixtral-8x7B's sizes and 16384 tokens in bfloat16
     python -m benchmarks.moe_gpu --small    # anywhere, in seconds: whether all of it runs and agrees
 
 Value and all gradients, parameters and activations in one dtype, nothing dropped, from equal parameters. The forms are

@@ -75,7 +75,8 @@ def select(volumes: Sequence[Volume], *, directory: Path, shard_bytes: int, dtyp
     """Share out all documents but duplicates, in the order of the volumes, over shards of about ``shard_bytes``, or of
     less where there would be few of them.
 
-    Sources with names have shards of their own. Memory: the digest, the length and the number of every document.
+    Sources with names have shards of their own. Memory: the digest of every document, twice for a moment, its length and
+    its number.
     """
     jobs, lengths_of_jobs = [], []
     duplicates = 0
