@@ -50,7 +50,7 @@ switch: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 switch: env ## train a small Switch decoder and its dense twin with three seeds, into one picture
 	$(bin)/lmjax data prepare configs/quickstart.yaml
 	for seed in 0 1 2; do \
-	  $(bin)/lmjax train configs/quickstart.yaml run_dir=runs/switch/dense-$$seed train.seed=$$seed; \
+	  $(bin)/lmjax train configs/switch_small_dense.yaml run_dir=runs/switch/dense-$$seed train.seed=$$seed; \
 	  $(bin)/lmjax train configs/switch_small.yaml run_dir=runs/switch/experts-$$seed train.seed=$$seed; \
 	done
 	$(bin)/lmjax report runs/switch/dense-* runs/switch/experts-* --output runs/switch/report.html

@@ -1,6 +1,7 @@
 """Every committed YAML loads, is short, says what it is for, holds only what differs from the defaults, and lowers."""
 
 import copy
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from lmjax.config import RunConfig, load, load_as, load_model
 from lmjax.config.run import ModelFile
 from lmjax.errors import InputError
 from lmjax.mesh import MeshConfig, make_mesh
-from lmjax.models.counts import parameter_count
+from lmjax.models.counts import parameter_count, training_flops
 from lmjax.models.decoder import DecoderConfig, Execution
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
@@ -151,6 +152,16 @@ def test_the_step_of_a_model_lowers_on_a_mesh(file):
     if model.moe is not None:  # the experts of each device, with its part of their width
         matrices = f"{model.moe.num_experts}x{model.embed_dim}x{model.expert_dim // tensor}"
     assert f"{matrices}xbf16>" in program
+
+
+def test_the_switch_model_and_its_dense_twin_differ_in_experts_alone():
+    experts, dense = (load(str(ROOT / "configs" / f"switch_small{of}.yaml"), []) for of in ("", "_dense"))
+    assert experts.model.moe is not None
+    assert dataclasses.replace(experts.model, moe=None) == dense.model
+    assert (experts.train, experts.optimizer, experts.data) == (dense.train, dense.optimizer, dense.data)
+    routers = experts.model.num_layers // 2 * experts.model.embed_dim * experts.model.moe.num_experts
+    flops = (training_flops(config.model, 1, 256) for config in (experts, dense))
+    assert next(flops) - next(flops) == 6 * 256 * routers
 
 
 def test_the_files_were_found():

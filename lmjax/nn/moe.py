@@ -132,10 +132,15 @@ class MoEConfig:
 
 
 class Router(nnx.Module):
-    """What gives a token's logits over the experts; float32 whatever the rest computes in."""
+    """What gives a token's logits over the experts; float32 whatever the rest computes in.
+
+    It begins normal with the deviation of one over the root of ``embed_dim``: logits of what a norm gives then have
+    variance 1, whatever the width, where the other matrices' 0.02 gives a narrow model's nearly 0.
+    """
 
     def __init__(self, config: MoEConfig, embed_dim: int, *, key: PRNGKeyArray):
-        self.matrix = matrix(key, (embed_dim, config.num_experts), EXPERT_AXES["router"])
+        shape = (embed_dim, config.num_experts)
+        self.matrix = matrix(key, shape, EXPERT_AXES["router"], std=embed_dim**-0.5)
         has_bias = config.choice_bias_rate is not None
         self.choice_bias = constant(0.0, (config.num_experts,), EXPERT_AXES["choice_bias"]) if has_bias else None
 

@@ -19,7 +19,8 @@ from lmjax.sharding import activation_spec
 
 InitScheme = Literal["gpt2", "olmo2"]
 """``gpt2``: normal, 0.02, the two projections into the residual stream divided by sqrt(2 x layers) (GPT-2 report,
-section 2.3). ``olmo2``: normal, 0.02, for every matrix (arXiv 2501.00656, section 3.2)."""
+section 2.3). ``olmo2``: normal, 0.02, for every matrix (arXiv 2501.00656, section 3.2). Routers have their own:
+``nn.moe.Router``."""
 
 STD = 0.02
 

@@ -200,6 +200,23 @@ def test_the_order_of_the_experts_does_not_matter(x, valid):
 
 
 @pytest.mark.fast
+def test_a_new_routers_logits_have_variance_1_whatever_the_width():
+    for width in (64, 1024):
+        moe = MoE(
+            MoEConfig(num_experts=64, experts_per_token=2),
+            width,
+            16,
+            activation="silu",
+            gated=True,
+            output_std=0.3,
+            key=jax.random.key(0),
+        )
+        x = np.random.default_rng(1).standard_normal((500, width)).astype(np.float32)
+        assert np.asarray(x @ moe.router.matrix[...]).var() == pytest.approx(1, rel=0.06)
+        assert moe.up.kernel[...].std() == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.fast
 def test_generation_drops_nothing(x, valid):
     moe, mesh = make(**SWITCH, capacity_factor=0.5), mesh_of(1, 1, 1)
 
