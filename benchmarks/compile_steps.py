@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.config import load_model
+from lmjax.hardware import hardware
 from lmjax.mesh import AXES, MeshConfig
 from lmjax.models.config import DecoderConfig
 from lmjax.models.decoder import Execution
@@ -139,7 +140,7 @@ CASES = {
 def compile_case(case: Case) -> CompiledStep:
     mesh = topology_mesh(case.mesh, case.topology)
     blueprint = make_blueprint(case.model, OptimizerConfig(), 1000, mesh)
-    execution = Execution(compute_dtype=jnp.dtype("bfloat16"), platform=case.platform)
+    execution = Execution(compute_dtype=jnp.dtype("bfloat16"), hardware=hardware(mesh.devices.flat[0]))
     return compile_step(blueprint, execution, LossOptions(), abstract_batch(case.rows, case.length, 1, mesh))
 
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lmjax.hardware import Hardware
 from lmjax.mesh import BATCH_AXES, single_device_mesh
 from lmjax.nn.execution import LayerExecution
 from lmjax.nn.mlp import MLP
@@ -52,7 +53,7 @@ MEASURED = Sizes(4, 1024, 512, 1024)
 COMPILED = Sizes(4, 4096, 4096, 14336)
 TOPOLOGY = "v5p:2x2x1"
 CPU = LayerExecution(compute_dtype=jnp.dtype("float32"))
-TPU = LayerExecution(compute_dtype=jnp.dtype("bfloat16"), platform="tpu")
+TPU = LayerExecution(compute_dtype=jnp.dtype("bfloat16"), hardware=Hardware("tpu", "v5p"))
 
 
 def layers(sizes: Sizes) -> dict[str, Callable[[], Any]]:

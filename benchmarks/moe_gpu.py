@@ -32,6 +32,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.moe import MOE, Sizes, layers, on_mesh, value_and_gradients
+from lmjax.hardware import hardware_here
 from lmjax.mesh import BATCH_AXES, single_device_mesh
 from lmjax.nn.execution import LayerExecution
 from lmjax.ops import grouped_matmul
@@ -64,7 +65,7 @@ class Inputs(NamedTuple):
 def jax_form(name: str, sizes: Sizes, inputs: Inputs, dtype: str, grouped: str | None) -> Form:
     """The dense MLP, or the layer with the grouped product of that name."""
     mesh = single_device_mesh()
-    execution = LayerExecution(compute_dtype=jnp.dtype(dtype), platform=jax.default_backend())
+    execution = LayerExecution(compute_dtype=jnp.dtype(dtype), hardware=hardware_here())
     place = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, None))
     graphdef, variables = nnx.split(layers(sizes)[name]())
     if grouped is not None:
@@ -78,7 +79,7 @@ def jax_form(name: str, sizes: Sizes, inputs: Inputs, dtype: str, grouped: str |
     differentiate, forward = value_and_gradients(execution), _output(execution)
 
     def within(function: Callable[..., Any], *arguments: Any) -> Any:
-        grouped_matmul.BY_PLATFORM = {} if grouped is None else {execution.platform: grouped}  # pyright: ignore
+        grouped_matmul.BY_PLATFORM = {} if grouped is None else {execution.hardware.platform: grouped}  # pyright: ignore
         with jax.set_mesh(mesh):
             return function(layer, *arguments)
 

@@ -12,6 +12,7 @@ MAX_FAMILY_LINES = 100
 
 LAYERS = [
     {"compat"},
+    {"hardware"},
     {"mesh", "precision", "startup"},
     {"sharding"},
     {"ops"},

@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 
 from lmjax.errors import InputError
+from lmjax.hardware import Hardware
 from lmjax.mesh import AXES, MeshConfig, axis_sizes, batch_shards, make_mesh, single_device_mesh
 from lmjax.models.decoder import DecoderConfig, Execution
 from lmjax.ops.cross_entropy import LossOptions
@@ -210,7 +211,7 @@ def test_a_step_for_two_slices_compiles_and_gathers_inside_a_slice_only():
         vocab_size=512, max_length=256, embed_dim=256, num_layers=2, num_heads=2, head_dim=128, mlp_dim=512
     )
     blueprint = make_blueprint(model, OptimizerConfig(), 10, mesh)
-    execution = Execution(compute_dtype=jnp.dtype("bfloat16"), platform="tpu")
+    execution = Execution(compute_dtype=jnp.dtype("bfloat16"), hardware=Hardware("tpu", "v5p"))
     step = compile_step(blueprint, execution, LossOptions(chunk_tokens=256), abstract_batch(8, 256, 1, mesh))
     assert step.collectives["all-gather"].count > 0
     assert set(re.findall(r"replica_groups=(\S+),", step.text)) == {"{{0,1,2,3}}"}

@@ -141,10 +141,11 @@ def _open_foreign(model: str, overrides: Sequence[str]) -> OpenModel:
 
 
 def _execution(config: Any, mesh: Any) -> Any:
+    from lmjax.hardware import hardware
     from lmjax.models.decoder import Execution
 
     return Execution(
         compute_dtype=config.precision.compute_dtype,
         attention_kernel=config.train.attention_kernel,
-        platform=mesh.devices.flat[0].platform,
+        hardware=hardware(mesh.devices.flat[0]),
     )

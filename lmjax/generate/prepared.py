@@ -36,7 +36,7 @@ def prepared(params: Any, execution: Execution, num_steps: int) -> Any:
     layer_bytes = sum(leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(params["segments"]))
     if execution.compute_dtype != jnp.float32:
         params = jax.jit(functools.partial(jax.tree_util.tree_map_with_path, cast))(params)
-    if execution.platform != "cpu" or layer_bytes * num_steps < WORTH_COMPILING:
+    if execution.hardware.platform != "cpu" or layer_bytes * num_steps < WORTH_COMPILING:
         return params
     return params | {"segments": jax.tree.map(_layers, params["segments"])}
 

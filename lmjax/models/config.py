@@ -13,7 +13,7 @@ from lmjax.nn.norm import NormKind
 from lmjax.nn.param import InitScheme
 from lmjax.nn.position import Rope, alibi_slopes
 from lmjax.nn.rope_scaling import LongRopeScaling, RopeScaling
-from lmjax.ops.attention import wanted_features
+from lmjax.ops.attention_kernels import wanted_features
 from lmjax.ops.attention_mask import Mask
 from lmjax.schema import config_class
 

@@ -159,7 +159,7 @@ def attend(
             scale=options.query_scale,
             softcap=options.softcap,
             kernel=execution.attention_kernel,
-            platform=execution.platform,
+            hardware=execution.hardware,
             save_as="attention_out",
         )
         return out_BTNH, None

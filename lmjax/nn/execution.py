@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from lmjax.hardware import CPU, Hardware
 from lmjax.ops.experts import ExpertExchange
 
 
@@ -20,5 +21,5 @@ class LayerExecution:
     """A name of ``lmjax.ops.attention``'s table, or auto."""
     expert_exchange: ExpertExchange | Literal["auto"] = "auto"
     """How tokens reach experts on other devices."""
-    platform: str = "cpu"
-    """What the mesh's devices are: cpu, gpu or tpu. A compile for absent devices cannot ask them."""
+    hardware: Hardware = CPU
+    """What the mesh's devices are. A compile for absent devices cannot ask them."""

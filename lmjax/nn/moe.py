@@ -209,9 +209,9 @@ class MoE(nnx.Module):
             router=config.router,
             activation=ACTIVATIONS[self.activation],
             capacity_factor=config.capacity_factor if may_drop else None,
-            exchange=choose_exchange(execution.expert_exchange, config.experts_per_token, execution.platform),
+            exchange=choose_exchange(execution.expert_exchange, config.experts_per_token, execution.hardware.platform),
             jitter=config.jitter,
-            platform=execution.platform,
+            platform=execution.hardware.platform,
             reduce_f32=execution.reduce_in_float32,
             tag=tag,  # pyright: ignore[reportArgumentType]
         )

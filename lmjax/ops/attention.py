@@ -1,137 +1,22 @@
-"""Attention: one function in front of several kernels, and the table that says which of them can do what.
+"""Attention: one function in front of several kernels, which ``attention_kernels`` has in a table.
 
 Legend: B batch, T positions, N query heads, K kv heads, H head_dim.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lmjax.errors import InputError
+from lmjax.hardware import Hardware, hardware_here
 from lmjax.mesh import BATCH_AXES
-from lmjax.ops.attention_chunked import chunked_attention
+from lmjax.ops.attention_kernels import KERNELS, Wanted, choose_kernel, wanted_features
 from lmjax.ops.attention_mask import Mask
-from lmjax.ops.attention_reference import reference_attention
-from lmjax.ops.attention_splash import LANES, splash_attention
-
-REFERENCE_LENGTH = 1024
-"""Up to this many positions ``auto`` prefers all scores of a row at once to blocks of them: memory bears it."""
-
-PLATFORMS = frozenset({"cpu", "gpu", "tpu"})
-FEATURES = frozenset({"causal", "bidirectional", "window", "segments", "prefix", "softcap", "alibi", "sinks"})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """What a kernel is and can do."""
-
-    attend: Callable[..., jax.Array]
-    """Attention of one device's rows and heads; the signature of ``reference_attention``."""
-    summary: str
-    """What speaks for it."""
-    features: frozenset[str]
-    """Those of FEATURES that it has."""
-    platforms: frozenset[str]
-    """Those of PLATFORMS where it runs."""
-    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Further keyword arguments of ``attend`` on a platform."""
-    length_multiple: int = 1
-    """What the length of a row has to be a multiple of."""
-
-
-KERNELS: dict[str, Kernel] = {
-    "reference": Kernel(
-        attend=reference_attention,
-        summary="all scores of a row at once",
-        features=FEATURES,
-        platforms=PLATFORMS,
-        options={"cpu": {"block": 64}},  # what is computed with stays in the cache, and half of it is left out
-    ),
-    "chunked": Kernel(
-        attend=chunked_attention,
-        summary="blocks of scores, memory linear in the length",
-        features=FEATURES,
-        platforms=PLATFORMS,
-        options={"cpu": {"block": 64}},
-    ),
-    "splash": Kernel(
-        attend=splash_attention,
-        summary="JAX's block-sparse kernel for TPU",
-        features=FEATURES - {"prefix", "alibi", "sinks"},
-        platforms=frozenset({"tpu"}),
-        length_multiple=LANES,
-    ),
-}
-
-
-class Choice(NamedTuple):
-    """A kernel's name, and why it is this one."""
-
-    name: str
-    why: str
-
-
-def wanted_features(
-    mask: Mask,
-    *,
-    segments: bool = False,
-    prefix: bool = False,
-    softcap: bool = False,
-    alibi: bool = False,
-    sinks: bool = False,
-) -> frozenset[str]:
-    """Those of FEATURES that an attention with ``mask`` and these arguments needs."""
-    named = {
-        "window": mask.window is not None,
-        "segments": segments,
-        "prefix": prefix,
-        "softcap": softcap,
-        "alibi": alibi,
-        "sinks": sinks,
-    }
-    return frozenset(
-        {"causal" if mask.causal else "bidirectional"} | {name for name, is_used in named.items() if is_used}
-    )
-
-
-def choose_kernel(kernel: str, *, features: frozenset[str], platform: str, length: int) -> Choice:
-    """The kernel that ``kernel`` (a name of KERNELS, or auto) stands for, for rows of ``length`` positions.
-
-    Raises InputError for an unknown name, and for a kernel that lacks what is asked for.
-    """
-    assert platform in PLATFORMS, platform
-    objections = {name: _objection(entry, features, platform, length) for name, entry in KERNELS.items()}
-    able = [name for name, objection in objections.items() if objection is None]
-    if kernel == "auto":
-        plain = ("reference", "chunked") if length <= REFERENCE_LENGTH else ("chunked", "reference")
-        order = ("splash", *plain)
-        name = next(name for name in order if name in able)
-        why = f"{KERNELS[name].summary}, for {length} positions on {platform}"
-        passed_over = [f"{other} {objections[other]}" for other in order[: order.index(name)]]
-        return Choice(name, "; ".join([why, *passed_over]))
-    if kernel not in KERNELS:
-        raise InputError(f"attention kernel {kernel!r} is not known; choose one of {', '.join(['auto', *able])}")
-    if objections[kernel] is not None:
-        raise InputError(
-            f"attention kernel {kernel!r} {objections[kernel]}; those that can do this are {', '.join(['auto', *able])}"
-        )
-    return Choice(kernel, "named in the configuration")
-
-
-def _objection(entry: Kernel, wanted: frozenset[str], platform: str, length: int) -> str | None:
-    if missing := wanted - entry.features:
-        return f"does not have {', '.join(sorted(missing))}"
-    if platform not in entry.platforms:
-        return f"runs on {', '.join(sorted(entry.platforms))} only, not on {platform}"
-    if length % entry.length_multiple:
-        return f"takes rows of a multiple of {entry.length_multiple} positions, not {length}"
-    return None
 
 
 def attention(
@@ -147,24 +32,28 @@ def attention(
     scale: float,
     softcap: float | None = None,
     kernel: str = "auto",
-    platform: str | None = None,
+    hardware: Hardware | None = None,
     save_as: str | None = None,
 ) -> Float[Array, "batch T heads value_dim"]:
     """softmax(scores) v under ``mask``, within each segment, in the dtype of q; the softmax is in float32.
 
     Scores are scale q k^T, capped by ``softcap``, less ``slopes`` (of ALiBi) times the distance; ``sinks`` are scores
     that take part in the softmax and have no value. Keys where ``prefix`` is true are seen by all of their segment.
+    Segments follow each other without coming back, and a prefix is the beginning of its segment; where that is not so
+    and the arrays are known it is an error, and in a program the rows concerned give NaN with kernels that visit tiles.
 
     Rows are split over the batch axes and query heads over ``tensor``, and so are kv heads; those that ``tensor`` does
     not divide are given whole to every device (as ``lmjax.sharding.activation_spec`` says), which takes its own.
-    ``segment_ids`` are 0 at padding, whose result is 0. ``platform`` (cpu, gpu or tpu) is that of the devices here
-    unless it is given, as a compile for absent devices must. ``save_as`` is the name by which a ``jax.checkpoint``
-    policy can keep the result together with whatever else spares the backward pass another run of the kernel. Raises
-    InputError for a kernel that cannot do this.
+    ``segment_ids`` are 0 at padding, whose result is 0. ``hardware`` is that of the devices here unless it is given, as
+    a compile for absent devices must. ``save_as`` is the name by which a ``jax.checkpoint`` policy can keep the result
+    together with whatever else spares the backward pass another run of the kernel. Raises InputError for a kernel that
+    cannot do this.
     """
-    T, N = q_BTNH.shape[1:3]
+    T, N, H = q_BTNH.shape[1:]
     K = k_BTKH.shape[2]
-    platform = jax.default_backend() if platform is None else platform
+    _check_shapes(q_BTNH, k_BTKH, v_BTKH)
+    _check_order(segment_ids, prefix)
+    hardware = hardware_here() if hardware is None else hardware
     features = wanted_features(
         mask,
         segments=segment_ids is not None,
@@ -175,9 +64,16 @@ def attention(
     )
     if "prefix" in features and not (mask.causal and mask.window is None):
         raise InputError("attention: a prefix goes with a causal mask without a window; leave out one of them")
-    choice = choose_kernel(kernel, features=features, platform=platform, length=T)
-    entry = KERNELS[choice.name]
-    options = dict(entry.options.get(platform, {}))
+    wanted = Wanted(
+        features=features,
+        hardware=hardware,
+        length=T,
+        head_dim=H,
+        value_dim=v_BTKH.shape[3],
+        dtype=str(q_BTNH.dtype),
+    )
+    entry = KERNELS[choose_kernel(kernel, wanted).name]
+    options = dict(entry.options.get(hardware.platform, {}))
     if softcap is not None:
         options["softcap"] = softcap
     attend = functools.partial(entry.attend, mask=mask, scale=scale, save_as=save_as, **options)
@@ -203,6 +99,37 @@ def attention(
         out_specs=q_spec,
         check_vma=False,
     )(q_BTNH, k_BTKH, v_BTKH, segment_ids, extras)
+
+
+def _check_shapes(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> None:
+    if q_BTNH.shape[1] != k_BTKH.shape[1] or k_BTKH.shape[:3] != v_BTKH.shape[:3]:
+        raise InputError(
+            f"attention: queries, keys and values are {q_BTNH.shape}, {k_BTKH.shape} and {v_BTKH.shape}; rows have to "
+            "be as long in all three, and keys and values to have as many heads"
+        )
+    if q_BTNH.shape[2] % k_BTKH.shape[2]:
+        raise InputError(
+            f"attention: {q_BTNH.shape[2]} query heads do not divide into groups for {k_BTKH.shape[2]} kv heads"
+        )
+
+
+def _check_order(segment_ids: jax.Array | None, prefix: jax.Array | None) -> None:
+    """Raises InputError where segments come back or a prefix is not a beginning, if the arrays are known."""
+    given = [x for x in (segment_ids, prefix) if x is not None]
+    if not given or any(isinstance(x, Tracer) for x in given):
+        return
+    ids_BT = np.ones(given[0].shape, np.int32) if segment_ids is None else np.asarray(segment_ids)
+    is_start_BT = ids_BT[:, 1:] != ids_BT[:, :-1]
+    largest_before_BT = np.maximum.accumulate(ids_BT, axis=1)[:, :-1]
+    is_wrong_BT = is_start_BT & (ids_BT[:, 1:] != 0) & (ids_BT[:, 1:] <= largest_before_BT)
+    if prefix is not None:
+        prefix_BT = np.asarray(prefix)
+        is_wrong_BT |= prefix_BT[:, 1:] & ~is_start_BT & ~prefix_BT[:, :-1]
+    for row, position in np.argwhere(is_wrong_BT):
+        raise InputError(
+            f"attention: at position {position + 1} of row {row} a segment's id comes back after another one's, or a "
+            "prefix begins inside its segment; number the segments of a row in their order, with 0 for padding"
+        )
 
 
 def _own_kv_heads(x_BTKH: jax.Array, num_local: int, group: int) -> jax.Array:

@@ -130,7 +130,8 @@ def compile_step(blueprint: Blueprint, execution: Execution, options: LossOption
 
     Raises InputError for a step that does not fit the devices' memory.
     """
-    mesh, platform = blueprint.mesh, {"gpu": "cuda"}.get(execution.platform, execution.platform)
+    mesh, platform = blueprint.mesh, execution.hardware.platform
+    platform = "cuda" if platform == "gpu" else platform
     began = time.perf_counter()
     step = jax.jit(make_step(blueprint, execution, options), donate_argnums=0)
     with jax.set_mesh(mesh):

@@ -8,8 +8,8 @@ import jax
 from jax.sharding import Mesh
 
 from lmjax.compat import device_memory_peak
+from lmjax.hardware import peak_flops
 from lmjax.models.counts import training_flops
-from lmjax.train.hardware import peak_flops
 from lmjax.train.job import Job
 from lmjax.train.router import router_row
 from lmjax.train.step import StepMetrics

@@ -18,9 +18,10 @@ from lmjax.data.remote import local_dataset
 from lmjax.data.shards import verify_shards
 from lmjax.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 from lmjax.errors import InputError
+from lmjax.hardware import Hardware, hardware
 from lmjax.mesh import BATCH_AXES, MeshConfig, batch_shards, make_mesh
 from lmjax.models.decoder import DecoderConfig, Execution
-from lmjax.ops.attention import Choice, choose_kernel
+from lmjax.ops.attention_kernels import Choice, Wanted, choose_kernel
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
 from lmjax.paths import as_path, is_remote
@@ -76,20 +77,20 @@ class Dataset:
 def make_program(job: Job, mesh: Mesh | None = None) -> Program:
     """``mesh`` may be of absent devices. Raises InputError for configs that do not fit each other or the mesh."""
     mesh = make_mesh(job.mesh) if mesh is None else mesh
-    platform = mesh.devices.flat[0].platform
+    devices = hardware(mesh.devices.flat[0])
     check_shapes(job, mesh)
     check_routing(job, mesh)
     check_steps(job)
     return Program(
         mesh=mesh,
-        kernels=choose_kernels(job, platform),
+        kernels=choose_kernels(job, devices),
         blueprint=make_blueprint(job.model, job.optimizer, job.train.steps, mesh),
         execution=Execution(
             compute_dtype=job.precision.compute_dtype,
             reduce_in_float32=job.precision.reduce_in_float32,
             attention_kernel=job.train.attention_kernel,
             expert_exchange=job.train.expert_exchange,
-            platform=platform,
+            hardware=devices,
             remat=job.train.remat,
             scan_layers=job.train.scan_layers,
         ),
@@ -97,14 +98,19 @@ def make_program(job: Job, mesh: Mesh | None = None) -> Program:
     )
 
 
-def choose_kernels(job: Job, platform: str) -> dict[str, Choice]:
+def choose_kernels(job: Job, devices: Hardware) -> dict[str, Choice]:
     """Raises InputError where the attention kernel that is asked for cannot do what a block needs."""
     return {
         kind: choose_kernel(
             job.train.attention_kernel,
-            features=job.model.attention_features(kind),
-            platform=platform,
-            length=job.data.sequence_length,
+            Wanted(
+                features=job.model.attention_features(kind),
+                hardware=devices,
+                length=job.data.sequence_length,
+                head_dim=job.model.head_width,
+                value_dim=job.model.value_width,
+                dtype=str(job.precision.compute_dtype),
+            ),
         )
         for kind in dict.fromkeys(job.model.layer_pattern)
     }

@@ -1,19 +1,21 @@
 import dataclasses
-import re
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from lmjax.errors import InputError
-from lmjax.ops.attention import KERNELS, attention, choose_kernel, wanted_features
+from lmjax.hardware import Hardware
+from lmjax.ops.attention import attention
+from lmjax.ops.attention_kernels import KERNELS
 from lmjax.ops.attention_mask import Mask
 from tests.ops.attention_case import PLAIN, Case, Features, forward_and_backward, make_case, run_reference
 from tests.ops.sharded import BATCH, assert_trees_close, run_on
 
 MASK = Mask(window=5)
-FEATURES = wanted_features(MASK, segments=True)
 HEADS, ALL_HEADS = P(BATCH, None, "tensor", None), P(BATCH, None, None, None)
 
 
@@ -97,101 +99,60 @@ def test_no_gradient_reaches_later_positions_or_other_documents(one_device, rng,
         assert (np.abs(np.asarray(gradient)[0]).max(axis=(1, 2)) > 0).tolist() == visible.tolist()
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("platform", "length", "name"),
-    [
-        ("cpu", 1024, "reference"),
-        ("cpu", 1025, "chunked"),
-        ("gpu", 1024, "reference"),
-        ("gpu", 8192, "chunked"),
-        ("tpu", 256, "splash"),
-        ("tpu", 8192, "splash"),
-        ("tpu", 100, "reference"),
-        ("tpu", 8200, "chunked"),
-    ],
-)
-def test_auto_takes_the_kernel_for_the_platform_and_length(platform, length, name):
-    choice = choose_kernel("auto", features=FEATURES, platform=platform, length=length)
-    assert choice.name == name
-    assert f"{length} positions on {platform}" in choice.why
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("kernel", "platform", "length", "message"),
-    [
-        ("flash", "cpu", 256, "'flash' is not known; choose one of auto, reference, chunked"),
-        (
-            "splash",
-            "gpu",
-            256,
-            "'splash' runs on tpu only, not on gpu; those that can do this are auto, reference, chunked",
-        ),
-        (
-            "splash",
-            "tpu",
-            200,
-            "'splash' takes rows of a multiple of 128 positions, not 200; those that can do this are",
-        ),
-    ],
-)
-def test_a_kernel_that_cannot_is_refused_with_those_that_can(kernel, platform, length, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        choose_kernel(kernel, features=FEATURES, platform=platform, length=length)
-
-
-@pytest.mark.fast
-def test_a_kernel_without_a_feature_is_passed_over_and_refused(monkeypatch):
-    splash = dataclasses.replace(KERNELS["splash"], features=frozenset({"causal", "bidirectional"}))
-    monkeypatch.setitem(KERNELS, "splash", splash)
-    choice = choose_kernel("auto", features=FEATURES, platform="tpu", length=8192)
-    assert choice.name == "chunked"
-    assert "splash does not have segments, window" in choice.why
-    assert choose_kernel("auto", features=frozenset({"causal"}), platform="tpu", length=8192).name == "splash"
-    with pytest.raises(InputError, match="does not have segments, window; those that can do this are auto, reference"):
-        choose_kernel("splash", features=FEATURES, platform="tpu", length=8192)
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("feature", ["prefix", "alibi", "sinks"])
-def test_what_splash_lacks_is_left_to_others(feature):
-    wanted = wanted_features(Mask(), segments=True, softcap=True, **{feature: True})
-    assert wanted == {"causal", "segments", "softcap", feature}
-    choice = choose_kernel("auto", features=wanted, platform="tpu", length=2048)
-    assert choice.name == "chunked"
-    assert f"splash does not have {feature}" in choice.why
-    message = f"'splash' does not have {feature}; those that can do this are auto, reference, chunked"
-    with pytest.raises(InputError, match=re.escape(message)):
-        choose_kernel("splash", features=wanted, platform="tpu", length=2048)
-    assert choose_kernel("splash", features=wanted - {feature}, platform="tpu", length=2048).name == "splash"
-
-
-@pytest.mark.fast
-def test_features_are_those_of_the_mask_and_of_what_is_used():
-    assert wanted_features(Mask()) == {"causal"}
-    assert wanted_features(Mask(causal=False)) == {"bidirectional"}
-    every = wanted_features(MASK, segments=True, prefix=True, softcap=True, alibi=True, sinks=True)
-    assert every == {"causal", "window", "segments", "prefix", "softcap", "alibi", "sinks"}
-    assert every | {"bidirectional"} == KERNELS["reference"].features == KERNELS["chunked"].features
-
-
-@pytest.mark.fast
-def test_a_named_kernel_is_taken():
-    assert choose_kernel("chunked", features=FEATURES, platform="tpu", length=8).name == "chunked"
-
-
-def test_platform_is_that_of_the_devices_unless_given(one_device, rng):
+def test_hardware_is_that_of_the_devices_unless_given(one_device, rng):
     case = make_case(rng, batch=1, length=128)
 
-    def traced(platform):
+    def traced(hardware):
         def attend(q, k, v, segment_ids):
             inputs = (jax.sharding.reshard(x, HEADS) for x in (q, k, v))
             segment_ids = jax.sharding.reshard(segment_ids, P(BATCH))
-            return attention(*inputs, mask=MASK, segment_ids=segment_ids, scale=0.3, platform=platform)
+            return attention(*inputs, mask=MASK, segment_ids=segment_ids, scale=0.3, hardware=hardware)
 
         with jax.set_mesh(one_device):
             return str(jax.make_jaxpr(attend)(*case[:4]))
 
     assert "pallas_call" not in traced(None)
-    assert "pallas_call" in traced("tpu")
+    assert "pallas_call" in traced(Hardware("tpu", "v5p"))
+
+
+def test_the_tpu_kernel_has_each_devices_rows_heads_and_extras(mesh_2x2x2, rng, monkeypatch):
+    interpreted = dataclasses.replace(
+        KERNELS["flash_tpu"], hardware=frozenset({"cpu"}), options={"cpu": {"interpret": True, "tile": 128}}
+    )
+    monkeypatch.setitem(KERNELS, "flash_tpu", interpreted)
+    features = Features(alibi=True, sinks=True)
+    for num_heads, num_kv_heads in ((4, 2), (6, 3)):
+        case = make_case(rng, batch=4, length=140, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        found = run_sharded(mesh_2x2x2, case, "flash_tpu", MASK, features)
+        assert_trees_close(found, run_reference(case, MASK, features=features), 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": (2, 24, 3, 8), "v": (2, 24, 3, 8)}, "4 query heads do not divide into groups for 3 kv heads"),
+        ({"k": (2, 20, 2, 8), "v": (2, 20, 2, 8)}, "rows have to be as long in all three"),
+        ({"v": (2, 24, 1, 8)}, "keys and values to have as many heads"),
+    ],
+)
+def test_shapes_that_do_not_go_together_are_refused(one_device, rng, changes, message):
+    case = make_case(rng)
+    arrays = {name: jnp.zeros(changes.get(name, getattr(case, name).shape)) for name in ("q", "k", "v")}
+    with jax.set_mesh(one_device), pytest.raises(InputError, match=message):
+        attention(*arrays.values(), mask=MASK, segment_ids=None, scale=0.3)
+
+
+@pytest.mark.parametrize("wrong", ["segments", "prefix"])
+def test_known_segments_and_prefixes_out_of_order_are_refused(one_device, rng, wrong):
+    case = make_case(rng, length=16)
+    segment_ids, prefix = np.ones((2, 16), np.int32), np.zeros((2, 16), bool)
+    prefix[:, :3] = True
+    with jax.set_mesh(one_device):
+        arrays = (jax.device_put(x, HEADS) for x in (case.q, case.k, case.v))
+        attend = functools.partial(attention, *arrays, mask=Mask(), scale=0.3)
+        assert np.isfinite(
+            attend(segment_ids=jax.device_put(segment_ids, P(BATCH)), prefix=jax.device_put(prefix, P(BATCH)))
+        ).all()
+        (segment_ids if wrong == "segments" else prefix)[1, 5:9] = 2
+        with pytest.raises(InputError, match="at position (5|9) of row 1 a segment's id comes back after another"):
+            attend(segment_ids=jax.device_put(segment_ids, P(BATCH)), prefix=jax.device_put(prefix, P(BATCH)))

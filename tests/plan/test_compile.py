@@ -8,6 +8,7 @@ import pytest
 from jax.experimental import topologies
 
 from lmjax.errors import InputError
+from lmjax.hardware import Hardware
 from lmjax.mesh import MeshConfig
 from lmjax.models.decoder import DecoderConfig, Execution
 from lmjax.nn.attention_latent import LatentConfig
@@ -34,7 +35,9 @@ def compiled(mesh_config: MeshConfig, topology: str, *, config: DecoderConfig = 
     """One sequence for each chip that has a part of the batch."""
     mesh = topology_mesh(mesh_config, topology)
     blueprint = make_blueprint(config, OptimizerConfig(), 10, mesh)
-    execution = dataclasses.replace(Execution(compute_dtype=jnp.dtype("bfloat16"), platform="tpu"), **changes)
+    execution = dataclasses.replace(
+        Execution(compute_dtype=jnp.dtype("bfloat16"), hardware=Hardware("tpu", "v5p")), **changes
+    )
     batch = abstract_batch(mesh.shape["data"] * mesh.shape["fsdp"], LENGTH, 1, mesh)
     return compile_step(blueprint, execution, LossOptions(chunk_tokens=256), batch)
 

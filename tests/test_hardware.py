@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmjax.train.hardware import PEAK_FLOPS, peak_flops
+from lmjax.hardware import DEVICES, peak_flops
 
 pytestmark = pytest.mark.fast
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.fast
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [
-        *PEAK_FLOPS.items(),
+        *((kind, known.peak_flops) for kind, known in DEVICES.items()),
         ("TPU v5 lite", 197e12),
         ("TPU v5", 459e12),
         ("NVIDIA H100 80GB HBM3", 989e12),

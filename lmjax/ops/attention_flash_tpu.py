@@ -1,0 +1,303 @@
+"""Flash attention for TPU with every feature: Pallas kernels that visit only the tiles of which something is visible.
+
+FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), with scores in powers of two. All scores are held with keys in
+rows and queries in columns: what belongs to a query (its maximum, its sum, the keys it sees) is a row of its own, that
+goes with every row of scores. The pairs of tiles to visit are the steps of the grid (``attention_tiles``), so that
+loads and products overlap from one pair to the next, whatever the mask is.
+
+Legend: B batch, T query positions, S key positions, N query heads, K kv heads, H head_dim, V that of values, W steps.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+from lmjax.ops.attention_flash_tpu_kernels import (
+    LOG2_E,
+    Options,
+    Work,
+    dkv_kernel,
+    dq_kernel,
+    forward_kernel,
+)
+from lmjax.ops.attention_mask import Mask
+from lmjax.ops.attention_tiles import (
+    Schedule,
+    VisibleKeys,
+    most_steps,
+    schedule,
+    tile_length,
+    tile_ranges,
+    visible_keys,
+)
+
+LANES = 128
+"""Positions that one vector register of a TPU holds; tiles are multiples of it."""
+
+TILE = 512
+"""Positions of a tile, at most."""
+
+HEADS = 4
+"""Query heads of one step, at most: products of one overlap with the softmax of another."""
+
+
+def flash_attention_tpu(
+    q_BTNH: Float[Array, "batch T heads head_dim"],
+    k_BTKH: Float[Array, "batch T kv_heads head_dim"],
+    v_BTKV: Float[Array, "batch T kv_heads value_dim"],
+    segment_ids_BT: Int[Array, "batch T"] | None,
+    prefix_BT: Bool[Array, "batch T"] | None = None,
+    slopes_N: Float[Array, " heads"] | None = None,
+    sinks_N: Float[Array, " heads"] | None = None,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    save_as: str | None = None,
+    tile: int = TILE,
+    interpret: Any = False,
+) -> Float[Array, "batch T heads value_dim"]:
+    """What ``reference_attention`` gives. Of the forward pass the result and a logarithm for each query are kept.
+
+    Rows whose segment ids come back after others, and those whose prefix is not the beginning of its segment, give NaN.
+    A tile has ``tile`` positions at most, a multiple of LANES. ``interpret`` runs the kernels' programs on any
+    platform, slowly: true, or parameters of Pallas's TPU interpreter.
+    """
+    options = Options(
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        has_prefix=prefix_BT is not None,
+        has_slopes=slopes_N is not None,
+        has_sinks=sinks_N is not None,
+        save_as=save_as,
+        tile=tile,
+        interpret=interpret,
+    )
+    return _attention(options, q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT, slopes_N, sinks_N)
+
+
+def _work(options: Options, q_BTNH, v_BTKV, segment_ids_BT, prefix_BT) -> Work:
+    (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
+    visible = visible_keys(options.mask, T, segment_ids_BT, prefix_BT)
+    if len(visible.first_BT) != B:
+        visible = VisibleKeys(*(np.broadcast_to(x, (B, *x.shape[1:])) for x in visible))
+    tile = tile_length(T, options.tile, LANES)
+    num_tiles = -(-T // tile)
+    most = most_steps(options.mask, T, tile, tile, has_prefix=options.has_prefix)
+    by_query, by_key = (
+        schedule(ranges, num_tiles, B * steps)
+        for ranges, steps in zip(tile_ranges(visible, tile, tile), most, strict=True)
+    )
+    padding = ((0, 0), (0, num_tiles * tile - T))
+    first_B1T, end_B1T = (jnp.pad(jnp.asarray(x), padding)[:, None] for x in (visible.first_BT, visible.end_BT))
+    step_heads = max(size for size in range(1, HEADS + 1) if (N // K) % size == 0)
+    return Work(
+        batch=B,
+        length=T,
+        padded=num_tiles * tile,
+        heads=N,
+        kv_heads=K,
+        key_dim=H,
+        value_dim=V,
+        tile=tile,
+        step_heads=step_heads,
+        by_query=by_query,
+        by_key=by_key,
+        first_B1T=first_B1T,
+        end_B1T=end_B1T,
+        is_exact_B=jnp.asarray(visible.is_exact_B),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(options: Options, *inputs):
+    return _forward(options, *inputs)[0]
+
+
+def _forward(options: Options, q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT, slopes_N, sinks_N):
+    work = _work(options, q_BTNH, v_BTKV, segment_ids_BT, prefix_BT)
+    rows = work.step_heads, 1, work.tile
+    out_BNTV, lse_BN1T = _call(
+        forward_kernel,
+        options,
+        work,
+        work.by_query,
+        {
+            "sinks": _scalars(work, sinks_N),
+            **_shared_inputs(options, work, q_BTNH, k_BTKH, v_BTKV, slopes_N),
+        },
+        outputs={
+            "out": ((work.batch, work.heads, work.padded, work.value_dim), v_BTKV.dtype),
+            "lse": ((work.batch, work.heads, 1, work.padded), jnp.dtype("float32")),
+        },
+        scratch=[rows, rows, (work.step_heads, work.value_dim, work.tile)],
+        dims=work.key_dim + work.value_dim,
+    )
+    out_BTNV = jnp.swapaxes(out_BNTV, 1, 2)[:, : work.length].astype(q_BTNH.dtype)
+    if options.save_as is not None:
+        out_BTNV, lse_BN1T = (checkpoint_name(x, options.save_as) for x in (out_BTNV, lse_BN1T))
+    return out_BTNV, (q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT, slopes_N, sinks_N, out_BTNV, lse_BN1T)
+
+
+def _backward(options: Options, residuals, dout_BTNV):
+    q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT, slopes_N, sinks_N, out_BTNV, lse_BN1T = residuals
+    work = _work(options, q_BTNH, v_BTKV, segment_ids_BT, prefix_BT)
+    delta_BTN = jnp.einsum("btnv,btnv->btn", out_BTNV, dout_BTNV, preferred_element_type=jnp.float32)
+    delta_BNT = _heads_first(work, delta_BTN)
+    inputs = {
+        **_shared_inputs(options, work, q_BTNH, k_BTKH, v_BTKV, slopes_N),
+        "dout": _heads_first(work, dout_BTNV.astype(v_BTKV.dtype)),
+        "lse": lse_BN1T,
+        "delta": delta_BNT[:, :, None],
+    }
+    (dq_BNTH,) = _call(
+        dq_kernel,
+        options,
+        work,
+        work.by_query,
+        inputs,
+        outputs={"dq": (inputs["q"].shape, q_BTNH.dtype)},
+        scratch=[(work.step_heads, work.key_dim, work.tile)],
+        dims=2 * work.key_dim + work.value_dim,
+    )
+    dk_BKTH, dv_BKTV = _call(
+        dkv_kernel,
+        options,
+        work,
+        work.by_key,
+        inputs,
+        outputs={"dk": (inputs["k"].shape, k_BTKH.dtype), "dv": (inputs["v"].shape, v_BTKV.dtype)},
+        scratch=[(work.tile, work.key_dim), (work.tile, work.value_dim)],
+        dims=2 * (work.key_dim + work.value_dim),
+    )
+    dq, dk, dv = (jnp.swapaxes(x, 1, 2)[:, : work.length] for x in (dq_BNTH, dk_BKTH, dv_BKTV))
+    dsinks_N = None
+    if sinks_N is not None:
+        weights_BNT = jnp.exp2(sinks_N.astype(jnp.float32)[:, None] * LOG2_E - lse_BN1T[:, :, 0])
+        dsinks_N = -jnp.einsum("bnt,bnt->n", weights_BNT, delta_BNT).astype(sinks_N.dtype)
+    return dq, dk, dv, None, None, None, dsinks_N
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _heads_first(work: Work, x_BTN: jax.Array) -> jax.Array:
+    """(batch, positions, heads, ...) to (batch, heads, padded positions, ...)."""
+    x_BTN = jnp.pad(x_BTN, ((0, 0), (0, work.padded - work.length)) + ((0, 0),) * (x_BTN.ndim - 2))
+    return jnp.swapaxes(x_BTN, 1, 2)
+
+
+def _shared_inputs(options: Options, work: Work, q_BTNH, k_BTKH, v_BTKV, slopes_N) -> dict[str, jax.Array]:
+    """What all kernels take."""
+    q_BNTH, k_BKTH, v_BKTV = (_heads_first(work, x) for x in (q_BTNH, k_BTKH, v_BTKV))
+    return {
+        "factors": jnp.where(work.is_exact_B, options.factor, jnp.nan).astype(jnp.float32),
+        "slopes": _scalars(work, slopes_N),
+        "first": work.first_B1T,
+        "end": work.end_B1T,
+        "q": q_BNTH,
+        "k": k_BKTH,
+        "v": v_BKTV,
+    }
+
+
+def _scalars(work: Work, x_N: jax.Array | None) -> jax.Array:
+    return jnp.zeros(work.heads, jnp.float32) if x_N is None else x_N.astype(jnp.float32)
+
+
+def _call(
+    kernel: Callable[..., None],
+    options: Options,
+    work: Work,
+    visits: Schedule,
+    inputs: dict[str, jax.Array],
+    *,
+    outputs: dict[str, tuple[tuple[int, ...], jnp.dtype]],
+    scratch: list[tuple[int, ...]],
+    dims: int,
+) -> list[jax.Array]:
+    """Run ``kernel`` at every step; what inputs and outputs are called says which block of them it sees.
+
+    Outputs are shapes and dtypes; ``dims`` is how long the products of a query and a key are, in all.
+    """
+    by_query = visits is work.by_query
+    grid = (work.heads // work.step_heads,) if by_query else (work.kv_heads,)
+    grid += (visits.num_steps,) if by_query else (visits.num_steps, work.parts)
+    semantics: Any = ("parallel", *("arbitrary",) * (len(grid) - 1))
+    specs = _specs(work, by_query=by_query)
+    results = [jax.ShapeDtypeStruct(*each) for each in outputs.values()]
+    pairs = len(visits.tile_W) * work.tile**2 * work.heads
+    return pl.pallas_call(
+        functools.partial(kernel, options, work),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=grid,
+            in_specs=[specs[name] for name in inputs],
+            out_specs=[specs[name] for name in outputs],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=results,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        cost_estimate=pl.CostEstimate(  # as if no document ended before its row
+            flops=2 * dims * pairs,
+            transcendentals=pairs,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs.values(), *results)),
+        ),
+        interpret=options.interpret,
+        name=f"flash_{kernel.__name__.removesuffix('_kernel')}",
+    )(*(jnp.asarray(x) for x in visits[1:]), *inputs.values())
+
+
+def _specs(work: Work, *, by_query: bool) -> dict[str, pl.BlockSpec]:
+    """The block of each array at a step. The grid is (parts of heads, steps) or (kv heads, steps, parts of theirs)."""
+    tile, heads, parts = work.tile, work.step_heads, work.parts
+
+    def spec(shape, index):
+        def index_map(outer, step, *inner_and_steps):
+            *inner, row_W, tile_W, other_W, _ = inner_and_steps
+            if by_query:
+                part, kv_head = outer, jax.lax.div(outer, np.int32(parts))  # // would ask what TPU this is
+                query_W, key_W = tile_W, other_W
+            else:
+                part, kv_head = outer * parts + inner[0], outer
+                query_W, key_W = other_W, tile_W
+            return index(row_W[step], part, kv_head, query_W[step], key_W[step])
+
+        return pl.BlockSpec(shape, index_map)
+
+    def of_queries(dim):
+        return spec((None, heads, tile, dim), lambda row, part, _, query, __: (row, part, query, 0))
+
+    def of_keys(dim):
+        return spec((None, None, tile, dim), lambda row, _, kv_head, __, key: (row, kv_head, key, 0))
+
+    a_query = spec((None, heads, 1, tile), lambda row, part, _, query, __: (row, part, 0, query))
+    visible = spec((None, 1, tile), lambda row, _, __, query, ___: (row, 0, query))
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
+    H, V = work.key_dim, work.value_dim
+    return {
+        "q": of_queries(H),
+        "dq": of_queries(H),
+        "out": of_queries(V),
+        "dout": of_queries(V),
+        "k": of_keys(H),
+        "dk": of_keys(H),
+        "v": of_keys(V),
+        "dv": of_keys(V),
+        "lse": a_query,
+        "delta": a_query,
+        "first": visible,
+        "end": visible,
+        "factors": scalars,
+        "slopes": scalars,
+        "sinks": scalars,
+    }

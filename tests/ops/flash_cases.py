@@ -1,0 +1,94 @@
+"""A seeded sweep over what flash attention may be asked for."""
+
+import dataclasses
+
+import numpy as np
+
+from lmjax.ops.attention_kernels import wanted_features
+from lmjax.ops.attention_mask import Mask
+from tests.ops.attention_case import Case, Features, make_case
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+GROUPS = (1, 2, 3)
+TILE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepCase:
+    """One draw: a mask, features and shapes."""
+
+    seed: int
+    mask: Mask
+    features: Features
+    segmented: bool
+    length: int
+    head_dim: int
+    value_dim: int
+    group: int
+
+    def __str__(self) -> str:
+        causal = f"window{self.mask.window}" if self.mask.window else "causal"
+        mask = causal if self.mask.causal else "bidirectional"
+        segments = "-segments" if self.segmented else ""
+        shapes = f"{self.length}x{self.head_dim}v{self.value_dim}g{self.group}"
+        return f"{self.seed}-{mask}{segments}-{self.features}-{shapes}"
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The features by their names in the table of kernels."""
+        return wanted_features(
+            self.mask,
+            segments=self.segmented,
+            prefix=self.features.prefix,
+            softcap=self.features.softcap is not None,
+            alibi=self.features.alibi,
+            sinks=self.features.sinks,
+        )
+
+    def arrays(self) -> Case:
+        rng = np.random.default_rng(self.seed)
+        case = make_case(
+            rng,
+            batch=1 + self.seed % 2,
+            length=self.length,
+            num_heads=2 * self.group,
+            num_kv_heads=2,
+            head_dim=self.head_dim,
+        )
+        v = rng.normal(size=(*case.k.shape[:3], self.value_dim)).astype(np.float32)
+        dout = rng.normal(size=(*case.q.shape[:3], self.value_dim)).astype(np.float32)
+        prefix = case.prefix
+        if not self.segmented:  # one document a row: its first tokens
+            prefix = np.arange(self.length) < rng.integers(0, self.length, size=(len(v), 1))
+        slopes = case.slopes / 64  # of the sizes that models have, so that far keys still count
+        return case._replace(v=v, dout=dout, prefix=prefix, slopes=slopes)
+
+
+def sweep(count: int) -> list[SweepCase]:
+    """The first ``count`` draws."""
+    cases = []
+    for seed in range(count):
+        rng = np.random.default_rng((7, seed))
+        kind = str(rng.choice(("causal", "window", "bidirectional")))
+        length = int(rng.integers(2, 420))
+        mask = Mask(causal=kind != "bidirectional", window=int(rng.integers(1, length)) if kind == "window" else None)
+        flags = rng.random(5) < 0.5
+        head_dim = int(rng.choice(HEAD_DIMS))
+        cases.append(
+            SweepCase(
+                seed=seed,
+                mask=mask,
+                features=Features(
+                    prefix=bool(flags[0]) and kind == "causal",
+                    alibi=bool(flags[1]),
+                    sinks=bool(flags[2]),
+                    softcap=float(rng.uniform(1, 5)) if flags[3] else None,
+                ),
+                segmented=bool(flags[4]),
+                length=length,
+                head_dim=head_dim,
+                value_dim=128 if head_dim == 192 and rng.random() < 0.5 else head_dim,
+                group=int(rng.choice(GROUPS)),
+            )
+        )
+    return cases
