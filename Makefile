@@ -85,6 +85,10 @@ in_newest = $(MAKE) env VENV=$(1) EXTRAS=dev,$(2) PYTHON='$(PYTHON_NEWEST)' && $
 proof-plan: ## compile Llama-3-8B's step for 64 TPU v5p chips (Python 3.12 or newer; 2 minutes)
 	$(call in_newest,$(VENV_NEWEST),tpu) tests/plan/test_published_steps.py -k llama3_8b
 
+.PHONY: proof-kernels
+proof-kernels: env ## 200 drawn cases of the TPU kernel in Pallas's interpreter, and its compiles for five generations (20 minutes)
+	$(pytest) -n $(WORKERS) -m '' tests/ops/test_attention_flash_tpu.py tests/ops/test_attention_flash_compile.py
+
 .PHONY: proof-moe
 proof-moe: ## compile the steps of Mixtral-8x7B and DeepSeek-V3 for TPU (Python 3.12 or newer; ten minutes, 9 GiB)
 	$(call in_newest,$(VENV_NEWEST),tpu) tests/plan/test_published_steps.py -k "deepseek or 128_chips"

@@ -89,7 +89,8 @@ class Case:
 
     @property
     def model(self) -> DecoderConfig:
-        return load_model(str(MODELS / f"{self.config or self.name}.yaml"))
+        model = load_model(str(MODELS / f"{self.config or self.name}.yaml"))
+        return dataclasses.replace(model, max_length=max(model.max_length, self.length))
 
 
 CASES = {
@@ -104,6 +105,18 @@ CASES = {
             chip_gib=95,
             too_large=quadratic_arrays,
             peer_temp_gib=7.00,
+        ),
+        *(
+            Case(
+                name=name,
+                topology="v5p:4x4x4",
+                mesh=MeshConfig(fsdp=16, tensor=4),
+                rows=64,
+                length=8192,
+                chip_gib=95,
+                too_large=quadratic_arrays,
+            )
+            for name in ("gemma2_9b", "mistral_7b", "mpt_7b")
         ),
         Case(
             name="mixtral_8x7b",
@@ -137,14 +150,18 @@ CASES = {
 }
 
 
-def compile_case(case: Case) -> CompiledStep:
+def compile_case(case: Case, attention_kernel: str = "auto") -> CompiledStep:
     mesh = topology_mesh(case.mesh, case.topology)
     blueprint = make_blueprint(case.model, OptimizerConfig(), 1000, mesh)
-    execution = Execution(compute_dtype=jnp.dtype("bfloat16"), hardware=hardware(mesh.devices.flat[0]))
+    execution = Execution(
+        compute_dtype=jnp.dtype("bfloat16"),
+        attention_kernel=attention_kernel,
+        hardware=hardware(mesh.devices.flat[0]),
+    )
     return compile_step(blueprint, execution, LossOptions(), abstract_batch(case.rows, case.length, 1, mesh))
 
 
-def row(case: Case, step: CompiledStep) -> dict[str, Any]:
+def row(case: Case, step: CompiledStep, attention_kernel: str) -> dict[str, Any]:
     """What is printed of a case."""
     gib = {
         "temp_gib": step.temp_bytes / GIB,
@@ -159,6 +176,7 @@ def row(case: Case, step: CompiledStep) -> dict[str, Any]:
     return {
         "name": "compile_steps",
         "model": case.name,
+        "attention_kernel": attention_kernel,
         **peer,
         **{name: round(number, 3) for name, number in gib.items()},
         "too_large": sorted(f"{found.dtype}{list(found.shape)}" for found in case.too_large(case, step.text)),
@@ -177,9 +195,11 @@ def row(case: Case, step: CompiledStep) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=CASES)
-    case = CASES[parser.parse_args().model]
+    parser.add_argument("--attention-kernel", default="auto", help="as train.attention_kernel")
+    arguments = parser.parse_args()
+    case = CASES[arguments.model]
     jax.config.update("jax_platforms", "cpu")
-    print(json.dumps(row(case, compile_case(case))))
+    print(json.dumps(row(case, compile_case(case, arguments.attention_kernel), arguments.attention_kernel)))
 
 
 if __name__ == "__main__":

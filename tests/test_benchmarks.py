@@ -23,3 +23,18 @@ def test_all_forms_of_a_layer_of_experts_give_what_transformers_block_gives():
     for name, form in forms.items():
         assert form["seconds"] > 0, (name, form)
         assert name == "dense" or form["difference"] < 1e-5, name
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_attention_checks_every_feature_of_every_kernel_that_can():
+    command = [sys.executable, "-m", "benchmarks.attention", "--small", "--rounds", "1"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for feature, kernels in found["numerics"].items():
+        assert kernels.keys() == {"reference", "chunked"}, feature
+        assert max(kernels["chunked"]) < 1e-5, feature
+    assert found["numerics"].keys() >= {"window", "packed", "softcap", "alibi", "sinks", "prefix", "all"}
+    (causal,) = found["speeds"]
+    assert causal["chunked"]["both"]["ms"] > 0

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lmjax.ops.attention_flash_tpu_kernels import (
     LOG2_E,
     Options,
+    Steps,
     Work,
     dkv_kernel,
     dq_kernel,
@@ -45,8 +46,14 @@ LANES = 128
 TILE = 512
 """Positions of a tile, at most."""
 
+MAX_STEPS = 120_000
+"""Steps of a schedule that scalar memory (1 MiB on every generation) holds, at most."""
+
 HEADS = 4
 """Query heads of one step, at most: products of one overlap with the softmax of another."""
+
+HEADS_BYTES = 4 * 128 * 4
+"""Of one position's queries in a step, at most: more does not fit the 16 MiB of vector memory that kernels get."""
 
 
 def flash_attention_tpu(
@@ -82,7 +89,20 @@ def flash_attention_tpu(
         tile=tile,
         interpret=interpret,
     )
-    return _attention(options, q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT, slopes_N, sinks_N)
+    rows: Any = (q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT)
+    if len(q_BTNH) * _most_steps(options, q_BTNH.shape[1]) <= MAX_STEPS:
+        return _attention(options, *rows, slopes_N, sinks_N)
+
+    def of_one(row):
+        out: Any = _attention(options, *(None if x is None else x[None] for x in row), slopes_N, sinks_N)
+        return out[0]
+
+    return jax.lax.map(of_one, rows)
+
+
+def _most_steps(options: Options, length: int) -> int:
+    tile = tile_length(length, options.tile, LANES)
+    return max(most_steps(options.mask, length, tile, tile, has_prefix=options.has_prefix))
 
 
 def _work(options: Options, q_BTNH, v_BTKV, segment_ids_BT, prefix_BT) -> Work:
@@ -99,7 +119,8 @@ def _work(options: Options, q_BTNH, v_BTKV, segment_ids_BT, prefix_BT) -> Work:
     )
     padding = ((0, 0), (0, num_tiles * tile - T))
     first_B1T, end_B1T = (jnp.pad(jnp.asarray(x), padding)[:, None] for x in (visible.first_BT, visible.end_BT))
-    step_heads = max(size for size in range(1, HEADS + 1) if (N // K) % size == 0)
+    most_heads = min(HEADS, HEADS_BYTES // (max(H, V) * q_BTNH.dtype.itemsize))
+    step_heads = max(size for size in range(1, most_heads + 1) if (N // K) % size == 0)
     return Work(
         batch=B,
         length=T,
@@ -239,7 +260,7 @@ def _call(
     return pl.pallas_call(
         functools.partial(kernel, options, work),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=2,
             grid=grid,
             in_specs=[specs[name] for name in inputs],
             out_specs=[specs[name] for name in outputs],
@@ -254,7 +275,7 @@ def _call(
         ),
         interpret=options.interpret,
         name=f"flash_{kernel.__name__.removesuffix('_kernel')}",
-    )(*(jnp.asarray(x) for x in visits[1:]), *inputs.values())
+    )(*Steps.of(visits), *inputs.values())
 
 
 def _specs(work: Work, *, by_query: bool) -> dict[str, pl.BlockSpec]:
@@ -263,14 +284,13 @@ def _specs(work: Work, *, by_query: bool) -> dict[str, pl.BlockSpec]:
 
     def spec(shape, index):
         def index_map(outer, step, *inner_and_steps):
-            *inner, row_W, tile_W, other_W, _ = inner_and_steps
+            *inner, tiles_W, rows_and_flags_W = inner_and_steps
+            steps = Steps(tiles_W, rows_and_flags_W)
+            tile, other = steps.tile(step), steps.other(step)
             if by_query:
                 part, kv_head = outer, jax.lax.div(outer, np.int32(parts))  # // would ask what TPU this is
-                query_W, key_W = tile_W, other_W
-            else:
-                part, kv_head = outer * parts + inner[0], outer
-                query_W, key_W = other_W, tile_W
-            return index(row_W[step], part, kv_head, query_W[step], key_W[step])
+                return index(steps.row(step), part, kv_head, tile, other)
+            return index(steps.row(step), outer * parts + inner[0], outer, other, tile)
 
         return pl.BlockSpec(shape, index_map)
 

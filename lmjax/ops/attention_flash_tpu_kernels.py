@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from lmjax.ops.attention_mask import Mask
-from lmjax.ops.attention_tiles import FIRST, LAST, MASKED, Schedule
+from lmjax.ops.attention_tiles import FIRST, FLAG_BITS, LAST, MASKED, Schedule
 
 HIDDEN = -1e30
 """The score of a key that a query does not see."""
@@ -69,12 +69,28 @@ class Work(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """A schedule in scalar memory, as kernels and index maps have it."""
+    """A schedule in scalar memory, two numbers a step: of 1 MiB it leaves room."""
 
-    row_W: Any
-    tile_W: Any
-    other_W: Any
-    flags_W: Any
+    tiles_W: Any
+    rows_and_flags_W: Any
+
+    @classmethod
+    def of(cls, visits: Schedule) -> "Steps":
+        return cls(
+            jnp.asarray(visits.tile_W << 16 | visits.other_W), jnp.asarray(visits.row_W << FLAG_BITS | visits.flags_W)
+        )
+
+    def row(self, step: Any) -> Any:
+        return self.rows_and_flags_W[step] >> FLAG_BITS
+
+    def flags(self, step: Any) -> Any:
+        return self.rows_and_flags_W[step] & ((1 << FLAG_BITS) - 1)
+
+    def tile(self, step: Any) -> Any:
+        return self.tiles_W[step] >> 16
+
+    def other(self, step: Any) -> Any:
+        return self.tiles_W[step] & 0xFFFF
 
 
 class Tile(NamedTuple):
@@ -116,7 +132,7 @@ def _dot(x, y, contracting: tuple[int, int]) -> jax.Array:
 
 def _visit(steps: Steps, visit: Callable[[bool], None], *, begin, finish, part: Any = 0, parts: int = 1) -> None:
     """What a step does: ``visit`` with or without a mask, after ``begin`` and before ``finish`` as its flags say."""
-    flags = steps.flags_W[pl.program_id(1)]
+    flags = steps.flags(pl.program_id(1))
     is_masked = (flags & MASKED) != 0
     pl.when(((flags & FIRST) != 0) & (part == 0))(begin)
     pl.when(is_masked)(lambda: visit(True))
@@ -125,12 +141,12 @@ def _visit(steps: Steps, visit: Callable[[bool], None], *, begin, finish, part: 
 
 
 def forward_kernel(options: Options, work: Work, *refs):
-    steps = Steps(*refs[:4])
-    sinks_ref, factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, out_ref, lse_ref = refs[4:14]
-    max_ref, sum_ref, acc_ref = refs[14:]
+    steps = Steps(*refs[:2])
+    sinks_ref, factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, out_ref, lse_ref = refs[2:12]
+    max_ref, sum_ref, acc_ref = refs[12:]
     step, head = pl.program_id(1), pl.program_id(0) * work.step_heads
-    query, key = steps.tile_W[step] * work.tile, steps.other_W[step] * work.tile
-    tile = Tile(options, query, key, first_ref, end_ref, factors_ref[steps.row_W[step]])
+    query, key = steps.tile(step) * work.tile, steps.other(step) * work.tile
+    tile = Tile(options, query, key, first_ref, end_ref, factors_ref[steps.row(step)])
 
     def begin():
         acc_ref[...] = jnp.zeros_like(acc_ref)
@@ -165,12 +181,12 @@ def forward_kernel(options: Options, work: Work, *refs):
 
 
 def dq_kernel(options: Options, work: Work, *refs):
-    steps = Steps(*refs[:4])
-    factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs[4:14]
-    dq_ref, acc_ref = refs[14:]
+    steps = Steps(*refs[:2])
+    factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs[2:12]
+    dq_ref, acc_ref = refs[12:]
     step, head = pl.program_id(1), pl.program_id(0) * work.step_heads
-    query, key = steps.tile_W[step] * work.tile, steps.other_W[step] * work.tile
-    tile = Tile(options, query, key, first_ref, end_ref, factors_ref[steps.row_W[step]])
+    query, key = steps.tile(step) * work.tile, steps.other(step) * work.tile
+    tile = Tile(options, query, key, first_ref, end_ref, factors_ref[steps.row(step)])
 
     def begin():
         acc_ref[...] = jnp.zeros_like(acc_ref)
@@ -189,13 +205,13 @@ def dq_kernel(options: Options, work: Work, *refs):
 
 
 def dkv_kernel(options: Options, work: Work, *refs):
-    steps = Steps(*refs[:4])
-    factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs[4:14]
-    dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs[14:]
+    steps = Steps(*refs[:2])
+    factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs[2:12]
+    dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs[12:]
     step, part = pl.program_id(1), pl.program_id(2)
     head = (pl.program_id(0) * work.parts + part) * work.step_heads
-    query, key = steps.other_W[step] * work.tile, steps.tile_W[step] * work.tile
-    tile = Tile(options, query, key, first_ref, end_ref, factors_ref[steps.row_W[step]])
+    query, key = steps.other(step) * work.tile, steps.tile(step) * work.tile
+    tile = Tile(options, query, key, first_ref, end_ref, factors_ref[steps.row(step)])
 
     def begin():
         dk_acc_ref[...] = jnp.zeros_like(dk_acc_ref)

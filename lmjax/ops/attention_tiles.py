@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from lmjax.ops.attention_mask import Mask
 
-FIRST, LAST, MASKED = 1, 2, 4
+FIRST, LAST, MASKED, FLAG_BITS = 1, 2, 4, 3
 """What a step of a schedule is: the first of its tile, the last of it, one whose pairs are not all visible."""
 
 

@@ -1,0 +1,335 @@
+"""Attention kernels: what they compute and how fast on the accelerator here, or what they compile to for absent TPUs.
+
+    python -m benchmarks.attention                  # on one GPU or TPU: numerics of each feature, then speeds
+    python -m benchmarks.attention --small          # the same in tiny sizes, anywhere
+    python -m benchmarks.attention --compile-only   # TPU kernels for five generations, on a CPU (libtpu; an hour)
+
+Measured are the kernels of ``lmjax.ops.attention_kernels`` that can do what is asked on this hardware. Numerics are the
+largest differences of values and gradients from the reference in float32, by the largest value. Speeds are forward, and
+forward with backward; operations are those of the visible pairs: 4 a pair, head and dimension forward, 2.5 times that
+backward. All kernels take turns, round after round.
+
+Of a compile: device memory besides inputs and results, and with ``--bundles`` the instruction words that the compiler
+schedules to visit 512 x 512 pairs of one head, masked or not, in each pass: an estimate of time, without waiting for
+memory. Splash's pass over a tile of 1024 x 1024 is divided by four. The last line is one JSON object.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from lmjax.hardware import hardware_here
+from lmjax.ops.attention_flash_tpu import flash_attention_tpu
+from lmjax.ops.attention_kernels import KERNELS, Wanted, wanted_features
+from lmjax.ops.attention_mask import Mask
+from lmjax.ops.attention_splash import splash_attention
+from lmjax.ops.attention_tiles import visible_keys
+
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+HEADS, KV_HEADS = 32, 8
+COMPILED_HEADS, COMPILED_KV_HEADS = 8, 2
+PACKAGES = ("jax", "jaxlib", "libtpu")
+
+
+class Problem(NamedTuple):
+    """One attention."""
+
+    name: str
+    length: int
+    rows: int = 1
+    head_dim: int = 128
+    mask: Mask = Mask()
+    documents: int = 0
+    """Of equal length in each row; 0: nothing is said of segments."""
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    prefix: bool = False
+
+    @property
+    def features(self) -> frozenset[str]:
+        return wanted_features(
+            self.mask,
+            segments=self.documents > 0,
+            prefix=self.prefix,
+            softcap=self.softcap is not None,
+            alibi=self.alibi,
+            sinks=self.sinks,
+        )
+
+    def segment_ids(self) -> jax.Array | None:
+        if not self.documents:
+            return None
+        ids = np.arange(self.length) * self.documents // self.length + 1
+        return jnp.asarray(np.broadcast_to(ids, (self.rows, self.length)), jnp.int32)
+
+    def extras(self, heads: int) -> dict[str, jax.Array]:
+        given = {}
+        if self.prefix:
+            given["prefix_BT"] = jnp.broadcast_to(jnp.arange(self.length) < self.length // 4, (self.rows, self.length))
+        if self.alibi:
+            given["slopes_N"] = 2.0 ** -jnp.linspace(1, 8, heads)
+        if self.sinks:
+            given["sinks_N"] = jnp.linspace(-1, 1, heads)
+        return given
+
+    def operations(self, heads: int) -> float:
+        """Of the forward pass."""
+        visible = visible_keys(self.mask, self.length, self.segment_ids())
+        pairs = float(np.asarray(visible.end_BT - visible.first_BT, np.float64).sum())
+        return 4 * pairs * (self.rows if len(visible.first_BT) == 1 else 1) * heads * self.head_dim
+
+
+def features_of(length: int, head_dim: int) -> Iterator[Problem]:
+    every = functools.partial(Problem, length=length, head_dim=head_dim)
+    yield every("causal")
+    yield every("bidirectional", mask=Mask(causal=False))
+    yield every("window", mask=Mask(window=length // 5))
+    yield every("packed", documents=5)
+    yield every("softcap", softcap=20.0)
+    yield every("alibi", alibi=True)
+    yield every("sinks", sinks=True)
+    yield every("prefix", prefix=True)
+    yield every("all", mask=Mask(window=length // 3), documents=3, softcap=20.0, alibi=True, sinks=True)
+
+
+def speeds_of(tokens: int, lengths: tuple[int, ...]) -> Iterator[Problem]:
+    for head_dim in (64, 128, 256):
+        for length in lengths:
+            of_length = functools.partial(Problem, length=length, rows=max(1, tokens // length), head_dim=head_dim)
+            yield of_length("causal")
+            if head_dim == 128 and length >= 8 * 1024:
+                yield of_length("window 1k", mask=Mask(window=1024))
+                yield of_length("packed 1k", documents=length // 1024)
+
+
+def able_kernels(problem: Problem, dtype: str) -> list[str]:
+    wanted = Wanted(
+        features=problem.features,
+        hardware=hardware_here(),
+        length=problem.length,
+        head_dim=problem.head_dim,
+        value_dim=problem.head_dim,
+        dtype=dtype,
+    )
+    return [name for name, kernel in KERNELS.items() if kernel.objection(wanted) is None]
+
+
+def passes(problem: Problem, kernel: str, heads: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward pass, and the forward pass with gradients, of (q, k, v, dout)."""
+    entry = KERNELS[kernel]
+    options: dict[str, Any] = dict(entry.options.get(jax.default_backend(), {})) | problem.extras(heads)
+    if problem.softcap is not None:
+        options["softcap"] = problem.softcap
+    scale = problem.head_dim**-0.5
+    segment_ids = problem.segment_ids()
+
+    def attend(q, k, v):
+        return entry.attend(q, k, v, segment_ids, mask=problem.mask, scale=scale, **options)
+
+    def both(q, k, v, dout):
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, *pull_back(dout)
+
+    return jax.jit(lambda q, k, v, _: attend(q, k, v)), jax.jit(both)
+
+
+def arrays(problem: Problem, heads: int, kv_heads: int, dtype: str) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    shape = problem.rows, problem.length
+    of_heads = [(*shape, number, problem.head_dim) for number in (heads, kv_heads, kv_heads, heads)]
+    return [jnp.asarray(rng.standard_normal(sizes, np.float32), dtype) for sizes in of_heads]
+
+
+def numerics(problem: Problem, dtype: str) -> dict[str, Any]:
+    """By kernel the differences of (out, dq, dk, dv) from the reference in float32."""
+    heads, kv_heads = 4, 2
+    given = arrays(problem, heads, kv_heads, dtype)
+    truth = passes(problem, "reference", heads)[1](*(x.astype("float32") for x in given))
+    found = {}
+    for name in able_kernels(problem, dtype):
+        try:
+            results = passes(problem, name, heads)[1](*given)
+            differences = (jnp.abs(x - y).max() / jnp.abs(y).max() for x, y in zip(results, truth, strict=True))
+            found[name] = [float(f"{float(difference):.2g}") for difference in differences]
+        except jax.errors.JaxRuntimeError as error:
+            found[name] = str(error).splitlines()[0][:200]
+    return found
+
+
+def speeds(problem: Problem, dtype: str, rounds: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """By kernel TFLOP/s forward, and of forward and backward together."""
+    given = arrays(problem, heads, kv_heads, dtype)
+    ready: dict[tuple[str, str], Callable[[], Any]] = {}
+    found: dict[str, Any] = {}
+    for name in able_kernels(problem, dtype):
+        if name == "reference" and problem.length > 4096:
+            continue
+        try:
+            for of_pass, run in zip(("forward", "both"), passes(problem, name, heads), strict=True):
+                jax.block_until_ready(run(*given))
+                ready[name, of_pass] = functools.partial(run, *given)
+        except jax.errors.JaxRuntimeError as error:
+            found[name] = str(error).splitlines()[0][:200]
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in ready}
+    for _ in range(rounds):
+        for key, run in ready.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[key].append(time.perf_counter() - began)
+    operations = problem.operations(heads)
+    for (name, of_pass), times in seconds.items():
+        done = operations * (1 if of_pass == "forward" else 3.5)
+        median = statistics.median(times)
+        told = {"ms": round(median * 1e3, 3), "tflops": round(done / median / 1e12, 1)}
+        found.setdefault(name, {})[of_pass] = told
+    return found
+
+
+def measure(*, small: bool, rounds: int) -> dict[str, Any]:
+    dtype = "float32" if small else "bfloat16"
+    checked = features_of(160, 16) if small else features_of(1000, 128)
+    timed = [Problem("causal", 64, head_dim=16)] if small else list(speeds_of(16 * 1024, (1024, 4096, 8192, 32768)))
+    heads = (4, 2) if small else (HEADS, KV_HEADS)
+    return {
+        "numerics": {problem.name: numerics(problem, dtype) for problem in checked},
+        "speeds": [
+            {"problem": problem.name, "length": problem.length, "rows": problem.rows, "head_dim": problem.head_dim}
+            | speeds(problem, dtype, rounds, *heads)
+            for problem in timed
+        ],
+        "dtype": dtype,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def compile_one(topology: str, kernel: str, length: int) -> dict[str, Any]:
+    """Forward and backward of one packed causal row, for the first device of ``topology``."""
+    attend = {"flash_tpu": flash_attention_tpu, "splash": splash_attention}[kernel]
+    sharding = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+
+    def shape(*sizes, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct((1, length, *sizes), dtype, sharding=sharding)
+
+    def run(q, k, v, segment_ids, dout):
+        out, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids, mask=Mask(), scale=0.1), q, k, v)
+        return out, pull_back(dout)
+
+    q, kv = shape(COMPILED_HEADS, 128), shape(COMPILED_KV_HEADS, 128)
+    began = time.perf_counter()
+    program = jax.jit(run).trace(q, kv, kv, shape(dtype="int32"), q).lower(lowering_platforms=("tpu",)).compile()
+    memory = program.memory_analysis()
+    assert memory is not None
+    return {
+        "topology": topology,
+        "kernel": kernel,
+        "length": length,
+        "temp_mib": round(memory.temp_size_in_bytes / 2**20, 1),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+PASS_NAMES = {"forward": r"flash_forward|splash_mha_fwd", "dq": r"flash_dq|splash_mha_dq", "dkv": r"_dkv"}
+
+
+def with_bundles(topology: str, kernel: str, length: int) -> dict[str, Any]:
+    """``compile_one`` in a process of its own, whose compiler writes down what it scheduled."""
+    with tempfile.TemporaryDirectory() as directory:
+        environment = os.environ | {
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true",
+            "JAX_PLATFORMS": "cpu",
+        }
+        command = [sys.executable, "-m", "benchmarks.attention", "--compile-one", topology, kernel, str(length)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        found["bundles"] = {}
+        for file in Path(directory).glob("*-final_bundles.txt"):
+            if "schedule-analysis" not in file.name:
+                for name, pattern in PASS_NAMES.items():
+                    if re.search(pattern, file.name):
+                        found["bundles"][name] = [round(region / 4) for region in visits(file)]
+    return found
+
+
+def visits(file: Path) -> list[int]:
+    """Bundles of the largest regions without others of size inside: the visits of a tile, masked and not."""
+    bundle, begun, regions = 0, {}, []
+    for line in file.open(errors="replace"):
+        if address := re.match(r"\s*(0x[0-9a-f]+)\s", line):
+            bundle = int(address.group(1), 16)
+        for kind, number in re.findall(r"(Start|End) region (\d+)", line):
+            if kind == "Start":
+                begun[number] = bundle
+            elif number in begun:
+                regions.append((begun.pop(number), bundle))
+    large = [(first, last) for first, last in regions if last - first >= 1000]
+    inner = {
+        (first, last)
+        for first, last in large
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in large)
+    }
+    return sorted(last - first + 1 for first, last in inner)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="timed runs of each kernel")
+    parser.add_argument("--small", action="store_true", help="tiny sizes in float32, on whatever there is")
+    parser.add_argument("--compile-only", action="store_true", help="compile for TPUs that are not here")
+    parser.add_argument("--bundles", action="store_true", help="count what the TPU compiler schedules, at 4096 tokens")
+    parser.add_argument("--compile-one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.compile_one:
+        topology, kernel, length = arguments.compile_one
+        print(json.dumps(compile_one(topology, kernel, int(length))))
+        return
+    if arguments.compile_only:
+        jax.config.update("jax_platforms", "cpu")
+        rows = []
+        for topology in TOPOLOGIES:
+            for kernel in ("flash_tpu", "splash"):
+                for length in (4096, 32_768, 131_072):
+                    compile_ = with_bundles if arguments.bundles and length == 4096 else compile_one
+                    rows.append(compile_(topology, kernel, length))
+                    print(rows[-1], file=sys.stderr, flush=True)
+        result: dict[str, Any] = {"compiled": rows, "heads": COMPILED_HEADS, "kv_heads": COMPILED_KV_HEADS}
+    else:
+        if not arguments.small and jax.default_backend() == "cpu":
+            parser.error("JAX finds no accelerator here; --small and --compile-only run anywhere")
+        result = measure(small=arguments.small, rounds=arguments.rounds)
+    versions = {"python": platform.python_version(), **dict(_versions())}
+    print(json.dumps({"name": "attention", **result, "versions": versions}))
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+if __name__ == "__main__":
+    main()

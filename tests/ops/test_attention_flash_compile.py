@@ -1,0 +1,120 @@
+"""The TPU kernels compiled for chips that are not here: accepted with every feature, within their memories."""
+
+import functools
+import re
+
+import jax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from lmjax.ops.attention_flash_tpu import flash_attention_tpu
+from lmjax.ops.attention_mask import Mask
+from lmjax.plan.compile import topology_devices
+
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+
+
+def compiled(
+    chip: str,
+    length: int,
+    *,
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    heads: int = 8,
+    kv_heads: int = 2,
+    rows: int = 1,
+    mask: Mask = Mask(),  # noqa: B008
+    extras: tuple[str, ...] = (),
+    dtype: str = "bfloat16",
+    policy: str | None = None,
+    **options,
+):
+    """Values and gradients, of packed rows."""
+    pytest.importorskip("libtpu")
+    sharding = SingleDeviceSharding(topology_devices(CHIPS[chip])[0])
+
+    def shape(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
+
+    row_T, per_head = functools.partial(shape, rows, length), functools.partial(shape, heads, dtype="float32")
+    every = {"prefix_BT": row_T(dtype="bool"), "slopes_N": per_head(), "sinks_N": per_head()}
+
+    def run(q, k, v, segment_ids, dout, given):
+        def attend(q, k, v):
+            return flash_attention_tpu(q, k, v, segment_ids, **given, mask=mask, scale=0.1, save_as="kept", **options)
+
+        if policy is not None:
+            kept = jax.checkpoint_policies.save_only_these_names(policy)
+            attend = jax.checkpoint(attend, policy=kept)
+        out, pull_back = jax.vjp(attend, q, k, v)
+        return out, pull_back(dout)
+
+    arguments = (
+        row_T(heads, head_dim),
+        row_T(kv_heads, head_dim),
+        row_T(kv_heads, value_dim or head_dim),
+        row_T(dtype="int32"),
+        row_T(heads, value_dim or head_dim),
+        {name: every[name] for name in extras},
+    )
+    return jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+
+
+def kernels(program) -> list[str]:
+    return sorted(re.findall(r"kernel_name\W+flash_(\w+?)\W", program.as_text())) or sorted(
+        re.findall(r"%\w*?flash_(forward|dq|dkv)[\w.]* = ", program.as_text())
+    )
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(Mask(window=700), marks=pytest.mark.slow),
+        pytest.param(Mask(causal=False), marks=pytest.mark.proof),
+    ],
+    ids=str,
+)
+def test_every_feature_compiles_for_every_generation(chip, mask):
+    program = compiled(chip, 1500, mask=mask, extras=("slopes_N", "sinks_N"), softcap=30.0)
+    assert kernels(program) == ["dkv", "dq", "forward"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "heads", "dtype"),
+    [
+        (64, 64, 8, "bfloat16"),
+        (80, 80, 6, "bfloat16"),
+        (96, 96, 2, "bfloat16"),
+        (192, 128, 2, "bfloat16"),
+        (256, 256, 4, "bfloat16"),
+        (256, 256, 8, "float32"),
+        (128, 128, 14, "float32"),
+    ],
+)
+def test_every_head_dim_compiles(head_dim, value_dim, heads, dtype):
+    shapes = {"head_dim": head_dim, "value_dim": value_dim, "heads": heads, "dtype": dtype}
+    assert kernels(compiled("v5p", 2048, **shapes, extras=("prefix_BT",))) == ["dkv", "dq", "forward"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "forwards"), [("kept", 1), ("something else", 2)])
+def test_saved_by_name_the_forward_kernel_does_not_run_again(name, forwards):
+    assert kernels(compiled("v5p", 512, policy=name)).count("forward") == forwards
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("length", [4096, 32_768, 131_072])
+def test_long_rows_need_memory_in_proportion(chip, length):
+    program = compiled(chip, length)
+    arrays = re.findall(r"\w\[([\d,]+)\]", program.as_text())
+    assert not [sizes for sizes in arrays if sum(int(size) >= length for size in sizes.split(",")) >= 2]
+    rows_in_bytes = 2 * length * 128 * (8 + 2 + 2 + 8)
+    assert program.memory_analysis().temp_size_in_bytes < 3 * rows_in_bytes
+
+
+@pytest.mark.proof
+def test_more_rows_than_scalar_memory_has_steps_for_compile():
+    assert "while" in compiled("v5p", 131_072, rows=4, heads=2).as_text()
