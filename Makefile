@@ -89,6 +89,10 @@ proof-plan: ## compile Llama-3-8B's step for 64 TPU v5p chips (Python 3.12 or ne
 proof-kernels: env ## 200 drawn cases of the TPU kernel in Pallas's interpreter, and its compiles for five generations (20 minutes)
 	$(pytest) -n $(WORKERS) -m '' tests/ops/test_attention_flash_tpu.py tests/ops/test_attention_flash_compile.py
 
+.PHONY: proof-cuda
+proof-cuda: ## compile cuDNN's attention for an H200 in .venv-cuda (Python 3.12 or newer; gigabytes to install)
+	$(call in_newest,$(VENV_CUDA),cuda13) tests/ops/test_attention_cudnn.py
+
 .PHONY: proof-moe
 proof-moe: ## compile the steps of Mixtral-8x7B and DeepSeek-V3 for TPU (Python 3.12 or newer; ten minutes, 9 GiB)
 	$(call in_newest,$(VENV_NEWEST),tpu) tests/plan/test_published_steps.py -k "deepseek or 128_chips"

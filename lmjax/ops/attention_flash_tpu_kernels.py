@@ -22,6 +22,9 @@ NOTHING = HIDDEN / 2
 
 LOG2_E = math.log2(math.e)
 
+PART = 256
+"""Keys whose scores the forward pass makes at once: the fewer, the less of them leaves the registers."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -158,16 +161,28 @@ def forward_kernel(options: Options, work: Work, *refs):
                 max_ref[each] = jnp.full(max_ref.shape[1:], NOTHING)
                 sum_ref[each] = jnp.zeros(sum_ref.shape[1:], jnp.float32)
 
+    # A product of one part is made while the softmax of another is.
+    part_keys = math.gcd(work.tile, PART)
+    parts = [(each, start) for each in range(work.step_heads) for start in range(0, work.tile, part_keys)]
+
     def visit(masked):
-        for each in range(work.step_heads):
-            scores_ST, _ = tile.scores(k_ref[...], q_ref[each], slopes_ref[head + each], masked=masked)
+        def scores_of(each, start):
+            keys = slice(start, start + part_keys)
+            part = tile._replace(key=tile.key + start)
+            return part.scores(k_ref[keys], q_ref[each], slopes_ref[head + each], masked=masked)[0], v_ref[keys]
+
+        following = scores_of(*parts[0])
+        for (each, _), next_part in zip(parts, [*parts[1:], None], strict=True):
+            scores_ST, v_SV = following
+            if next_part is not None:
+                following = scores_of(*next_part)
             old_max_1T = max_ref[each]
             max_1T = jnp.maximum(old_max_1T, scores_ST.max(0, keepdims=True))
             exp_ST = jnp.exp2(scores_ST - max_1T)
             shrink_1T = jnp.exp2(old_max_1T - max_1T)
             max_ref[each] = max_1T
             sum_ref[each] = shrink_1T * sum_ref[each] + exp_ST.sum(0, keepdims=True)
-            acc_ref[each] = shrink_1T * acc_ref[each] + _dot(v_ref[...], exp_ST.astype(v_ref.dtype), (0, 0))
+            acc_ref[each] = shrink_1T * acc_ref[each] + _dot(v_SV, exp_ST.astype(v_ref.dtype), (0, 0))
 
     def finish():
         for each in range(work.step_heads):

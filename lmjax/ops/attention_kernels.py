@@ -128,6 +128,7 @@ KERNELS: dict[str, Kernel] = {
         dtypes=frozenset({"bfloat16", "float16"}),
         head_dims=range(8, 129, 8),
         needs_equal_dims=True,
+        length_multiple=2,
     ),
 }
 """By the names that ``train.attention_kernel`` takes."""

@@ -125,6 +125,7 @@ def test_a_kernel_that_was_not_validated_is_taken_only_by_name(monkeypatch):
         ({"features": wanted_features(Mask(), segments=True)}, "chunked"),
         ({"features": wanted_features(Mask(), softcap=True)}, "chunked"),
         ({"head_dim": 256}, "chunked"),
+        ({"length": 8191}, "chunked"),
         ({"hardware": Hardware("gpu")}, "chunked"),
     ],
 )
