@@ -7,6 +7,7 @@ import pytest
 
 from lmjax.generate import prepared as module
 from lmjax.generate.prepared import decoding, prepared, whole
+from lmjax.hardware import Hardware
 from tests import tiny
 from tests.generate.case import CONFIG, Letters, parameters
 from tests.generate.test_decode import PROMPTS, Generator, options_of
@@ -45,7 +46,7 @@ def test_few_steps_and_other_platforms_keep_the_stack(rng):
     assert prepared(params, tiny.FLOAT32, enough - 1) is params
     apart = prepared(params, tiny.FLOAT32, enough)
     assert not decoding(apart, tiny.FLOAT32).scan_layers
-    assert prepared(params, tiny.execution(platform="tpu"), enough) is params
+    assert prepared(params, tiny.execution(hardware=Hardware("tpu")), enough) is params
 
 
 @pytest.mark.fast

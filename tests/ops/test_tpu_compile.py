@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmjax.hardware import Hardware
 from lmjax.mesh import AXES
 from lmjax.ops.attention import attention
 from lmjax.ops.attention_mask import Mask
@@ -20,6 +21,7 @@ from tests.ops.sharded import BATCH
 
 ROWS, LENGTH, EMBED, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4, 2048, 1024, 16, 2, 64, 32_000
 CHUNK = 512
+V5P = Hardware("tpu", "v5p")
 WHOLE, BY_HEAD, RESIDUAL = P(BATCH, None, None), P(BATCH, None, "tensor", None), P(BATCH, "tensor", None)
 
 
@@ -34,7 +36,7 @@ def compiled(num_kv_heads: int):
         whole = jax.sharding.reshard(x, WHOLE)
         q = project("btd,dnh->btnh", whole, parameters["query"], BY_HEAD, reduce_f32=False)
         k = project("btd,dkh->btkh", whole, parameters["key"], P(BATCH, None, kv_heads, None), reduce_f32=True)
-        out = attention(q, k, k, mask=Mask(window=700), segment_ids=segment_ids, scale=HEAD_DIM**-0.5, platform="tpu")
+        out = attention(q, k, k, mask=Mask(window=700), segment_ids=segment_ids, scale=HEAD_DIM**-0.5, hardware=V5P)
         x += project("btnh,nhd->btd", out, parameters["out"], RESIDUAL, reduce_f32=False)
         weights = jnp.ones_like(tokens, jnp.float32)
         options = LossOptions(z_loss=1e-4, chunk_tokens=CHUNK)
