@@ -86,7 +86,7 @@ proof-plan: ## compile Llama-3-8B's step for 64 TPU v5p chips (Python 3.12 or ne
 	$(call in_newest,$(VENV_NEWEST),tpu) tests/plan/test_published_steps.py -k llama3_8b
 
 .PHONY: proof-kernels
-proof-kernels: env ## 200 drawn cases of the TPU kernel in Pallas's interpreter, and its compiles for five generations (20 minutes)
+proof-kernels: env ## 200 drawn cases of the TPU kernel in Pallas's interpreter, and its compiles for five generations
 	$(pytest) -n $(WORKERS) -m '' tests/ops/test_attention_flash_tpu.py tests/ops/test_attention_flash_compile.py
 
 .PHONY: proof-cuda

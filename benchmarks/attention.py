@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention                  # on one GPU or TPU: numerics of each feature, then speeds
     python -m benchmarks.attention --small          # the same in tiny sizes, anywhere
-    python -m benchmarks.attention --compile-only   # TPU kernels for five generations, on a CPU (libtpu; an hour)
+    python -m benchmarks.attention --compile-only   # TPU kernels for five generations, on a CPU (libtpu)
 
 Measured are the kernels of ``lmjax.ops.attention_kernels`` that can do what is asked on this hardware. Numerics are the
 largest differences of values and gradients from the reference in float32, by the largest value. Speeds are forward, and

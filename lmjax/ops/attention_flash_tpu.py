@@ -50,7 +50,7 @@ MAX_STEPS = 120_000
 """Steps of a schedule that scalar memory (1 MiB on every generation) holds, at most."""
 
 HEADS = 4
-"""Query heads of one step, at most: products of one overlap with the softmax of another."""
+"""Query heads of one step, at most."""
 
 HEADS_BYTES = 4 * 128 * 4
 """Of one position's queries in a step, at most: more does not fit the 16 MiB of vector memory that kernels get."""
