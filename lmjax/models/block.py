@@ -4,7 +4,7 @@ Legend: B batch, T positions, D embed.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ class Forward(NamedTuple):
 
     rows: Rows
     rotations: dict[AttentionKind, Rotation | None]
-    """Made once: the same in every block of a kind."""
+    visits: dict[AttentionKind, Any]
+    """Both are made once: the same in every block of a kind. See ``Rows.visits``."""
     execution: Execution
     noise: Noise | None
     """None outside of training."""
@@ -83,7 +84,8 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             normed_BTD = whole_sequences(normed(self.attention_norm, x_BTD))
             rotation = forward.rotations[self.kind.attention]
-            y_BTD, cache = self.attention(normed_BTD, forward.rows, rotation, forward.execution, cache, forward.write)
+            rows = forward.rows._replace(visits=forward.visits[self.kind.attention])
+            y_BTD, cache = self.attention(normed_BTD, rows, rotation, forward.execution, cache, forward.write)
         attended_BTD = x_BTD + self._branch(y_BTD, self.attention_post_norm, forward.noise, 2 * layer + 1)
         with jax.named_scope("mlp"):
             if not self.shares_norm:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from lmjax.hardware import Hardware
 from lmjax.nn.attention import AttentionOptions
 from lmjax.nn.attention_latent import LatentConfig
 from lmjax.nn.mlp import Activation
@@ -13,7 +14,7 @@ from lmjax.nn.norm import NormKind
 from lmjax.nn.param import InitScheme
 from lmjax.nn.position import Rope, alibi_slopes
 from lmjax.nn.rope_scaling import LongRopeScaling, RopeScaling
-from lmjax.ops.attention_kernels import wanted_features
+from lmjax.ops.attention_kernels import Wanted, wanted_features
 from lmjax.ops.attention_mask import Mask
 from lmjax.schema import config_class
 
@@ -343,14 +344,35 @@ class DecoderConfig:
             out_bias=self.attention_out_bias,
         )
 
-    def attention_features(self, kind: AttentionKind) -> frozenset[str]:
-        """What a kernel has to have for blocks of this kind, on packed rows; see ``lmjax.ops.attention``."""
-        return wanted_features(
-            Mask(causal=True, window=self.window(kind)),
-            segments=True,
+    def mask(self, kind: AttentionKind) -> Mask:
+        return Mask(causal=True, window=self.window(kind))
+
+    def wanted_attention(
+        self,
+        kind: AttentionKind,
+        *,
+        hardware: Hardware,
+        length: int,
+        dtype: str,
+        segments: bool = True,
+        prefix: bool = False,
+    ) -> Wanted:
+        """What blocks of this kind ask of a kernel, by default for packed rows."""
+        features = wanted_features(
+            self.mask(kind),
+            segments=segments,
+            prefix=prefix,
             softcap=self.attention_softcap is not None,
             alibi=self.position == "alibi",
             sinks=self.attention_sinks,
+        )
+        return Wanted(
+            features=features,
+            hardware=hardware,
+            length=length,
+            head_dim=self.head_width,
+            value_dim=self.value_width,
+            dtype=dtype,
         )
 
 

@@ -19,6 +19,7 @@ from lmjax.nn.embed import Table, table_rows
 from lmjax.nn.noise import Noise
 from lmjax.nn.param import constant
 from lmjax.nn.position import Rotation, document_lengths, sinusoids
+from lmjax.ops.attention import attention_visits
 from lmjax.ops.logits import logits
 from lmjax.ops.routing import RouterSums
 
@@ -131,10 +132,24 @@ class Decoder(nnx.Module):
         elif rows.segment_ids_BT is not None:
             lengths_BT = document_lengths(rows.positions_BT, rows.segment_ids_BT)
         rotations: dict[AttentionKind, Rotation | None] = {}
+        visits: dict[AttentionKind, Any] = {}
         for kind in self.config.layer_pattern:
             rope = self.config.rope(kind)
             rotations[kind] = None if rope is None else rope.rotation(rows.positions_BT, lengths_BT)
-        return Forward(rows, rotations, execution, noise, write)
+            visits[kind] = None if write is not None else self._visits(kind, rows, execution)
+        return Forward(rows, rotations, visits, execution, noise, write)
+
+    def _visits(self, kind: AttentionKind, rows: Rows, execution: Execution) -> Any:
+        wanted = self.config.wanted_attention(
+            kind,
+            hardware=execution.hardware,
+            length=rows.positions_BT.shape[1],
+            dtype=str(execution.compute_dtype),
+            segments=rows.segment_ids_BT is not None,
+            prefix=rows.prefix_BT is not None,
+        )
+        mask = self.config.mask(kind)
+        return attention_visits(wanted, mask, rows.segment_ids_BT, rows.prefix_BT, execution.attention_kernel)
 
     def _embedded(self, tokens_BT, forward: Forward) -> Float[Array, "batch seq embed"]:
         config = self.config

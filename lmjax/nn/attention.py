@@ -4,7 +4,7 @@ Legend: B batch, T query positions, S slots of the cache, D embed, N query heads
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,8 @@ class Rows(NamedTuple):
     """None in generation, where positions tell what belongs together."""
     prefix_BT: Bool[Array, "batch seq"] | None
     """Tokens that all of their segment sees (prefix-LM); None: a token is seen by itself and later ones alone."""
+    visits: Any = None
+    """What ``lmjax.ops.attention.attention_visits`` found out of them for this kind of attention."""
 
 
 class Attention(nnx.Module):
@@ -156,6 +158,7 @@ def attend(
             prefix=rows.prefix_BT,
             slopes=slopes_N,
             sinks=sinks_N,
+            visits=rows.visits,
             scale=options.query_scale,
             softcap=options.softcap,
             kernel=execution.attention_kernel,

@@ -4,6 +4,7 @@ Legend: B batch, T positions, N query heads, K kv heads, H head_dim.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ def attention(
     prefix: Bool[Array, "batch T"] | None = None,
     slopes: Float[Array, " heads"] | None = None,
     sinks: Float[Array, " heads"] | None = None,
+    visits: Any = None,
     scale: float,
     softcap: float | None = None,
     kernel: str = "auto",
@@ -44,7 +46,8 @@ def attention(
 
     Rows are split over the batch axes and query heads over ``tensor``, and so are kv heads; those that ``tensor`` does
     not divide are given whole to every device (as ``lmjax.sharding.activation_spec`` says), which takes its own.
-    ``segment_ids`` are 0 at padding, whose result is 0. ``hardware`` is that of the devices here unless it is given, as
+    ``segment_ids`` are 0 at padding, whose result is 0. ``visits`` is what ``attention_visits`` gave for these rows and
+    kernel; without it the kernel finds out itself. ``hardware`` is that of the devices here unless it is given, as
     a compile for absent devices must. ``save_as`` is the name by which a ``jax.checkpoint`` policy can keep the result
     together with whatever else spares the backward pass another run of the kernel. Raises InputError for a kernel that
     cannot do this.
@@ -83,6 +86,8 @@ def attention(
     extras = {"prefix_BT": prefix, "slopes_N": slopes, "sinks_N": sinks}
     extra_specs = {name: P(BATCH_AXES, None) if name == "prefix_BT" else P("tensor") for name in extras}
     extras = {name: jax.sharding.reshard(x, extra_specs[name]) for name, x in extras.items() if x is not None}
+    if visits is not None:
+        extras["visits"], extra_specs["visits"] = visits, P(BATCH_AXES)
 
     def local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, extras):
         if not heads_split:
@@ -99,6 +104,26 @@ def attention(
         out_specs=q_spec,
         check_vma=False,
     )(q_BTNH, k_BTKH, v_BTKH, segment_ids, extras)
+
+
+def attention_visits(
+    wanted: Wanted,
+    mask: Mask,
+    segment_ids: Int[Array, "batch T"] | None,
+    prefix: Bool[Array, "batch T"] | None,
+    kernel: str = "auto",
+) -> Any:
+    """What the kernel of ``wanted`` finds out of the rows, once for every attention with this mask.
+
+    None where the kernel finds out nothing, or all rows are alike. Rows are split over the batch axes.
+    """
+    entry = KERNELS[choose_kernel(kernel, wanted).name]
+    if entry.visits is None or (segment_ids is None and prefix is None):
+        return None
+    make = functools.partial(entry.visits, mask=mask, **entry.options.get(wanted.hardware.platform, {}))
+    row_spec = P(BATCH_AXES, None)
+    in_specs = tuple(None if x is None else row_spec for x in (segment_ids, prefix))
+    return jax.shard_map(make, in_specs=in_specs, out_specs=P(BATCH_AXES), check_vma=False)(segment_ids, prefix)
 
 
 def _check_shapes(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> None:

@@ -10,7 +10,7 @@ Legend: B batch, T query positions, S key positions, N query heads, K kv heads, 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ from lmjax.ops.attention_flash_tpu_kernels import (
 )
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_tiles import (
-    Schedule,
     VisibleKeys,
     most_steps,
     schedule,
@@ -56,6 +55,17 @@ HEADS_BYTES = 4 * 128 * 4
 """Of one position's queries in a step, at most: more does not fit the 16 MiB of vector memory that kernels get."""
 
 
+class Visits(NamedTuple):
+    """What the kernels visit. A call of theirs takes some of the rows: a part, of which everything here is stacked."""
+
+    by_query: Steps
+    by_key: Steps
+    first_B1T: Any
+    end_B1T: Any
+    """Of each query the keys that it sees; see ``VisibleKeys``."""
+    is_exact_B: Any
+
+
 def flash_attention_tpu(
     q_BTNH: Float[Array, "batch T heads head_dim"],
     k_BTKH: Float[Array, "batch T kv_heads head_dim"],
@@ -64,6 +74,7 @@ def flash_attention_tpu(
     prefix_BT: Bool[Array, "batch T"] | None = None,
     slopes_N: Float[Array, " heads"] | None = None,
     sinks_N: Float[Array, " heads"] | None = None,
+    visits: Visits | None = None,
     *,
     mask: Mask,
     scale: float,
@@ -75,67 +86,100 @@ def flash_attention_tpu(
     """What ``reference_attention`` gives. Of the forward pass the result and a logarithm for each query are kept.
 
     Rows whose segment ids come back after others, and those whose prefix is not the beginning of its segment, give NaN.
-    A tile has ``tile`` positions at most, a multiple of LANES. ``interpret`` runs the kernels' programs on any
-    platform, slowly: true, or parameters of Pallas's TPU interpreter.
+    ``visits`` are those of ``flash_visits`` for the same rows, mask and tile, where they were made before. A tile has
+    ``tile`` positions at most, a multiple of LANES. ``interpret`` runs the kernels' programs on any platform, slowly:
+    true, or parameters of Pallas's TPU interpreter.
     """
+    B, T = q_BTNH.shape[:2]
     options = Options(
         mask=mask,
         scale=scale,
         softcap=softcap,
-        has_prefix=prefix_BT is not None,
         has_slopes=slopes_N is not None,
         has_sinks=sinks_N is not None,
         save_as=save_as,
-        tile=tile,
+        tile=tile_length(T, tile, LANES),
         interpret=interpret,
     )
-    rows: Any = (q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT)
-    if len(q_BTNH) * _most_steps(options, q_BTNH.shape[1]) <= MAX_STEPS:
-        return _attention(options, *rows, slopes_N, sinks_N)
+    if visits is None and not (segment_ids_BT is None and prefix_BT is None):
+        visits = flash_visits(segment_ids_BT, prefix_BT, mask=mask, tile=tile)
+    num_parts = B // _rows_of_a_call(mask, B, T, options.tile, has_prefix=prefix_BT is not None)
+    parts = [x.reshape(num_parts, -1, *x.shape[1:]) for x in (q_BTNH, k_BTKH, v_BTKV)]
 
-    def of_one(row):
-        out: Any = _attention(options, *(None if x is None else x[None] for x in row), slopes_N, sinks_N)
-        return out[0]
+    def of_part(part):
+        return _attention(options, *part, slopes_N, sinks_N)
 
-    return jax.lax.map(of_one, rows)
-
-
-def _most_steps(options: Options, length: int) -> int:
-    tile = tile_length(length, options.tile, LANES)
-    return max(most_steps(options.mask, length, tile, tile, has_prefix=options.has_prefix))
+    if num_parts == 1:
+        return of_part(jax.tree.map(lambda x: x[0], (*parts, visits)))
+    out: Any = jax.lax.map(of_part, (*parts, visits))
+    return out.reshape(B, *out.shape[2:])
 
 
-def _work(options: Options, q_BTNH, v_BTKV, segment_ids_BT, prefix_BT) -> Work:
-    (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
-    visible = visible_keys(options.mask, T, segment_ids_BT, prefix_BT)
-    if len(visible.first_BT) != B:
-        visible = VisibleKeys(*(np.broadcast_to(x, (B, *x.shape[1:])) for x in visible))
-    tile = tile_length(T, options.tile, LANES)
-    num_tiles = -(-T // tile)
-    most = most_steps(options.mask, T, tile, tile, has_prefix=options.has_prefix)
+def flash_visits(
+    segment_ids_BT: Int[Array, "batch T"] | None,
+    prefix_BT: Bool[Array, "batch T"] | None,
+    *,
+    mask: Mask,
+    tile: int = TILE,
+    interpret: Any = False,
+) -> Visits:
+    """What rows with segments or prefixes make the kernels visit: the same in every layer with this mask.
+
+    The arguments by name are those of the attention that it is for.
+    """
+    del interpret
+    given: Any = segment_ids_BT if prefix_BT is None else prefix_BT
+    B, T = given.shape
+    tile = tile_length(T, tile, LANES)
+    has_prefix = prefix_BT is not None
+    rows = _rows_of_a_call(mask, B, T, tile, has_prefix=has_prefix)
+    visible = visible_keys(mask, T, segment_ids_BT, prefix_BT)
+    of_parts = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), visible)
+    return jax.vmap(lambda part: _visits(part, mask, tile, has_prefix=has_prefix))(of_parts)
+
+
+def _rows_of_a_call(mask: Mask, batch: int, length: int, tile: int, *, has_prefix: bool) -> int:
+    """All rows where scalar memory holds the steps of all; otherwise 1."""
+    steps = max(most_steps(mask, length, tile, tile, has_prefix=has_prefix))
+    return batch if batch * steps <= MAX_STEPS else 1
+
+
+def _visits(visible: VisibleKeys, mask: Mask, tile: int, *, has_prefix: bool) -> Visits:
+    """Of one part."""
+    rows, length = visible.first_BT.shape
+    num_tiles = -(-length // tile)
+    most = most_steps(mask, length, tile, tile, has_prefix=has_prefix)
     by_query, by_key = (
-        schedule(ranges, num_tiles, B * steps)
+        Steps.of(schedule(ranges, num_tiles, rows * steps))
         for ranges, steps in zip(tile_ranges(visible, tile, tile), most, strict=True)
     )
-    padding = ((0, 0), (0, num_tiles * tile - T))
-    first_B1T, end_B1T = (jnp.pad(jnp.asarray(x), padding)[:, None] for x in (visible.first_BT, visible.end_BT))
+    padding = ((0, 0), (0, num_tiles * tile - length))
+    first_B1T, end_B1T = (jnp.pad(jnp.asarray(x), padding)[:, None] for x in visible[:2])
+    return Visits(by_query, by_key, first_B1T, end_B1T, jnp.asarray(visible.is_exact_B))
+
+
+def _work(options: Options, q_BTNH, v_BTKV, visits: Visits | None) -> Work:
+    (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
+    if visits is None:  # of NumPy, so that the grid's size is known while compiling
+        visible = visible_keys(options.mask, T)
+        visible = VisibleKeys(*(np.broadcast_to(x, (B, *x.shape[1:])) for x in visible))
+        visits = _visits(visible, options.mask, options.tile, has_prefix=False)
     most_heads = min(HEADS, HEADS_BYTES // (max(H, V) * q_BTNH.dtype.itemsize))
-    step_heads = max(size for size in range(1, most_heads + 1) if (N // K) % size == 0)
     return Work(
         batch=B,
         length=T,
-        padded=num_tiles * tile,
+        padded=visits.first_B1T.shape[-1],
         heads=N,
         kv_heads=K,
         key_dim=H,
         value_dim=V,
-        tile=tile,
-        step_heads=step_heads,
-        by_query=by_query,
-        by_key=by_key,
-        first_B1T=first_B1T,
-        end_B1T=end_B1T,
-        is_exact_B=jnp.asarray(visible.is_exact_B),
+        tile=options.tile,
+        step_heads=max(size for size in range(1, most_heads + 1) if (N // K) % size == 0),
+        by_query=visits.by_query,
+        by_key=visits.by_key,
+        first_B1T=visits.first_B1T,
+        end_B1T=visits.end_B1T,
+        is_exact_B=visits.is_exact_B,
     )
 
 
@@ -144,8 +188,8 @@ def _attention(options: Options, *inputs):
     return _forward(options, *inputs)[0]
 
 
-def _forward(options: Options, q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT, slopes_N, sinks_N):
-    work = _work(options, q_BTNH, v_BTKV, segment_ids_BT, prefix_BT)
+def _forward(options: Options, q_BTNH, k_BTKH, v_BTKV, visits, slopes_N, sinks_N):
+    work = _work(options, q_BTNH, v_BTKV, visits)
     rows = work.step_heads, 1, work.tile
     out_BNTV, lse_BN1T = _call(
         forward_kernel,
@@ -166,12 +210,12 @@ def _forward(options: Options, q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT
     out_BTNV = jnp.swapaxes(out_BNTV, 1, 2)[:, : work.length].astype(q_BTNH.dtype)
     if options.save_as is not None:
         out_BTNV, lse_BN1T = (checkpoint_name(x, options.save_as) for x in (out_BTNV, lse_BN1T))
-    return out_BTNV, (q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT, slopes_N, sinks_N, out_BTNV, lse_BN1T)
+    return out_BTNV, (q_BTNH, k_BTKH, v_BTKV, visits, slopes_N, sinks_N, out_BTNV, lse_BN1T)
 
 
 def _backward(options: Options, residuals, dout_BTNV):
-    q_BTNH, k_BTKH, v_BTKV, segment_ids_BT, prefix_BT, slopes_N, sinks_N, out_BTNV, lse_BN1T = residuals
-    work = _work(options, q_BTNH, v_BTKV, segment_ids_BT, prefix_BT)
+    q_BTNH, k_BTKH, v_BTKV, visits, slopes_N, sinks_N, out_BTNV, lse_BN1T = residuals
+    work = _work(options, q_BTNH, v_BTKV, visits)
     delta_BTN = jnp.einsum("btnv,btnv->btn", out_BTNV, dout_BTNV, preferred_element_type=jnp.float32)
     delta_BNT = _heads_first(work, delta_BTN)
     inputs = {
@@ -205,7 +249,7 @@ def _backward(options: Options, residuals, dout_BTNV):
     if sinks_N is not None:
         weights_BNT = jnp.exp2(sinks_N.astype(jnp.float32)[:, None] * LOG2_E - lse_BN1T[:, :, 0])
         dsinks_N = -jnp.einsum("bnt,bnt->n", weights_BNT, delta_BNT).astype(sinks_N.dtype)
-    return dq, dk, dv, None, None, None, dsinks_N
+    return dq, dk, dv, None, None, dsinks_N
 
 
 _attention.defvjp(_forward, _backward)
@@ -239,7 +283,7 @@ def _call(
     kernel: Callable[..., None],
     options: Options,
     work: Work,
-    visits: Schedule,
+    steps: Steps,
     inputs: dict[str, jax.Array],
     *,
     outputs: dict[str, tuple[tuple[int, ...], jnp.dtype]],
@@ -250,13 +294,13 @@ def _call(
 
     Outputs are shapes and dtypes; ``dims`` is how long the products of a query and a key are, in all.
     """
-    by_query = visits is work.by_query
+    by_query = steps is work.by_query
     grid = (work.heads // work.step_heads,) if by_query else (work.kv_heads,)
-    grid += (visits.num_steps,) if by_query else (visits.num_steps, work.parts)
+    grid += (steps.num_steps,) if by_query else (steps.num_steps, work.parts)
     semantics: Any = ("parallel", *("arbitrary",) * (len(grid) - 1))
     specs = _specs(work, by_query=by_query)
     results = [jax.ShapeDtypeStruct(*each) for each in outputs.values()]
-    pairs = len(visits.tile_W) * work.tile**2 * work.heads
+    pairs = len(steps.tiles_W) * work.tile**2 * work.heads
     return pl.pallas_call(
         functools.partial(kernel, options, work),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -275,7 +319,7 @@ def _call(
         ),
         interpret=options.interpret,
         name=f"flash_{kernel.__name__.removesuffix('_kernel')}",
-    )(*Steps.of(visits), *inputs.values())
+    )(steps.tiles_W, steps.rows_and_flags_W, *inputs.values())
 
 
 def _specs(work: Work, *, by_query: bool) -> dict[str, pl.BlockSpec]:
@@ -285,7 +329,7 @@ def _specs(work: Work, *, by_query: bool) -> dict[str, pl.BlockSpec]:
     def spec(shape, index):
         def index_map(outer, step, *inner_and_steps):
             *inner, tiles_W, rows_and_flags_W = inner_and_steps
-            steps = Steps(tiles_W, rows_and_flags_W)
+            steps = Steps(None, tiles_W, rows_and_flags_W)
             tile, other = steps.tile(step), steps.other(step)
             if by_query:
                 part, kv_head = outer, jax.lax.div(outer, np.int32(parts))  # // would ask what TPU this is

@@ -33,11 +33,11 @@ class Options:
     mask: Mask
     scale: float
     softcap: float | None
-    has_prefix: bool
     has_slopes: bool
     has_sinks: bool
     save_as: str | None
     tile: int
+    """Positions of a tile."""
     interpret: Any
 
     @property
@@ -59,8 +59,8 @@ class Work(NamedTuple):
     tile: int
     step_heads: int
     """Query heads of a step, all of one kv head."""
-    by_query: Schedule
-    by_key: Schedule
+    by_query: "Steps"
+    by_key: "Steps"
     first_B1T: jax.Array
     end_B1T: jax.Array
     is_exact_B: jax.Array
@@ -74,14 +74,14 @@ class Work(NamedTuple):
 class Steps(NamedTuple):
     """A schedule in scalar memory, two numbers a step: of 1 MiB it leaves room."""
 
+    num_steps: Any
     tiles_W: Any
     rows_and_flags_W: Any
 
     @classmethod
     def of(cls, visits: Schedule) -> "Steps":
-        return cls(
-            jnp.asarray(visits.tile_W << 16 | visits.other_W), jnp.asarray(visits.row_W << FLAG_BITS | visits.flags_W)
-        )
+        tiles_W, rows_and_flags_W = visits.tile_W << 16 | visits.other_W, visits.row_W << FLAG_BITS | visits.flags_W
+        return cls(visits.num_steps, jnp.asarray(tiles_W), jnp.asarray(rows_and_flags_W))
 
     def row(self, step: Any) -> Any:
         return self.rows_and_flags_W[step] >> FLAG_BITS
@@ -144,7 +144,7 @@ def _visit(steps: Steps, visit: Callable[[bool], None], *, begin, finish, part: 
 
 
 def forward_kernel(options: Options, work: Work, *refs):
-    steps = Steps(*refs[:2])
+    steps = Steps(None, *refs[:2])
     sinks_ref, factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, out_ref, lse_ref = refs[2:12]
     max_ref, sum_ref, acc_ref = refs[12:]
     step, head = pl.program_id(1), pl.program_id(0) * work.step_heads
@@ -196,7 +196,7 @@ def forward_kernel(options: Options, work: Work, *refs):
 
 
 def dq_kernel(options: Options, work: Work, *refs):
-    steps = Steps(*refs[:2])
+    steps = Steps(None, *refs[:2])
     factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs[2:12]
     dq_ref, acc_ref = refs[12:]
     step, head = pl.program_id(1), pl.program_id(0) * work.step_heads
@@ -220,7 +220,7 @@ def dq_kernel(options: Options, work: Work, *refs):
 
 
 def dkv_kernel(options: Options, work: Work, *refs):
-    steps = Steps(*refs[:2])
+    steps = Steps(None, *refs[:2])
     factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref = refs[2:12]
     dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs[12:]
     step, part = pl.program_id(1), pl.program_id(2)

@@ -10,7 +10,7 @@ from lmjax.errors import InputError
 from lmjax.hardware import PLATFORMS, Hardware
 from lmjax.ops.attention_chunked import chunked_attention
 from lmjax.ops.attention_cudnn import cudnn_attention
-from lmjax.ops.attention_flash_tpu import flash_attention_tpu
+from lmjax.ops.attention_flash_tpu import flash_attention_tpu, flash_visits
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_reference import reference_attention
 from lmjax.ops.attention_splash import LANES, splash_attention
@@ -51,8 +51,10 @@ class Kernel:
     """Those of FEATURES that it has."""
     hardware: frozenset[str]
     """Platforms and generations where it runs."""
+    visits: Callable[..., Any] | None = None
+    """What it finds out of segment ids and prefixes, given its mask; ``attend`` takes the result as ``visits``."""
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Further keyword arguments of ``attend`` on a platform."""
+    """Further keyword arguments of ``attend`` and ``visits`` on a platform."""
     dtypes: frozenset[str] = DTYPES
     head_dims: range | None = None
     """None: any; these are the dimensions of keys and of values."""
@@ -113,6 +115,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "flash_tpu": Kernel(
         attend=flash_attention_tpu,
+        visits=flash_visits,
         summary="our kernel for TPU, which visits the tiles that mask, window and documents leave",
         features=FEATURES,
         hardware=TPUS,

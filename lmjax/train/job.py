@@ -21,7 +21,7 @@ from lmjax.errors import InputError
 from lmjax.hardware import Hardware, hardware
 from lmjax.mesh import BATCH_AXES, MeshConfig, batch_shards, make_mesh
 from lmjax.models.decoder import DecoderConfig, Execution
-from lmjax.ops.attention_kernels import Choice, Wanted, choose_kernel
+from lmjax.ops.attention_kernels import Choice, choose_kernel
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
 from lmjax.paths import as_path, is_remote
@@ -103,12 +103,10 @@ def choose_kernels(job: Job, devices: Hardware) -> dict[str, Choice]:
     return {
         kind: choose_kernel(
             job.train.attention_kernel,
-            Wanted(
-                features=job.model.attention_features(kind),
+            job.model.wanted_attention(
+                kind,
                 hardware=devices,
                 length=job.data.sequence_length,
-                head_dim=job.model.head_width,
-                value_dim=job.model.value_width,
                 dtype=str(job.precision.compute_dtype),
             ),
         )

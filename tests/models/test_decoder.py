@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from lmjax.errors import InputError
+from lmjax.hardware import CPU
 from lmjax.models.config import DecoderConfig, Segment
 from lmjax.models.remat import RematConfig
 from lmjax.nn.attention_latent import LatentConfig
@@ -260,9 +262,19 @@ def test_impossible_shapes_are_refused(changes, message):
 
 
 @pytest.mark.fast
-def test_attention_features_are_those_of_the_kind_of_block():
+def test_what_attention_asks_of_a_kernel_is_that_of_the_kind_of_block():
     config = CONFIGS["rope"]
-    assert config.attention_features("full") == {"causal", "segments", "softcap", "sinks"}
-    assert config.attention_features("sliding") == {"causal", "segments", "softcap", "sinks", "window"}
-    assert CONFIGS["alibi"].attention_features("full") == {"causal", "segments", "alibi", "sinks"}
-    assert CONFIG.attention_features("full") == {"causal", "segments"}
+    wanted = functools.partial(DecoderConfig.wanted_attention, hardware=CPU, length=8, dtype="float32")
+    assert wanted(config, "full").features == {"causal", "segments", "softcap", "sinks"}
+    assert wanted(config, "sliding").features == {"causal", "segments", "softcap", "sinks", "window"}
+    assert wanted(config, "sliding", segments=False, prefix=True).features == {
+        "causal",
+        "prefix",
+        "softcap",
+        "sinks",
+        "window",
+    }
+    assert wanted(CONFIGS["alibi"], "full").features == {"causal", "segments", "alibi", "sinks"}
+    assert wanted(CONFIG, "full").features == {"causal", "segments"}
+    latent = wanted(CONFIGS["latent"], "full")
+    assert (latent.head_dim, latent.value_dim) == (CONFIGS["latent"].head_width, CONFIGS["latent"].latent.value_dim)
