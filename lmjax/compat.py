@@ -1,5 +1,7 @@
 """The only place that knows the differences between JAX and Flax versions, and their private names."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,3 +26,27 @@ def device_memory_peak(device: Any) -> int | None:
 def varying_axes(array: jax.Array) -> frozenset[str]:
     """The mesh axes of a shard_map over which ``array`` may differ between devices; none outside of one."""
     return jax.typeof(array).manual_axis_type.varying  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def mosaic_gpu_kernel(body: Callable[..., None], *, cost_estimate: Any, **options: Any) -> Callable[..., Any]:
+    """Pallas's kernel for NVIDIA GPUs, which takes the cost of a call from JAX 0.12 on."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:
+        options["cost_estimate"] = cost_estimate
+    return plgpu.kernel(body, **options)
+
+
+def load_registers(ref: Any, layout: Any) -> jax.Array:
+    """What is in a reference of Pallas's Mosaic GPU, in registers of ``layout``."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    load: Any = plgpu.load
+    return load(ref, (), layout=layout) if "idx" in inspect.signature(load).parameters else load(ref, layout=layout)
+
+
+def transposed_ref(ref: Any) -> Any:
+    """A reference of Pallas's Mosaic GPU to the same matrix transposed."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))

@@ -120,7 +120,8 @@ def attention_visits(
     entry = KERNELS[choose_kernel(kernel, wanted).name]
     if entry.visits is None or (segment_ids is None and prefix is None):
         return None
-    make = functools.partial(entry.visits, mask=mask, **entry.options.get(wanted.hardware.platform, {}))
+    dims = max(wanted.head_dim, wanted.value_dim)
+    make = functools.partial(entry.visits, mask=mask, dims=dims, **entry.options.get(wanted.hardware.platform, {}))
     row_spec = P(BATCH_AXES, None)
     in_specs = tuple(None if x is None else row_spec for x in (segment_ids, prefix))
     return jax.shard_map(make, in_specs=in_specs, out_specs=P(BATCH_AXES), check_vma=False)(segment_ids, prefix)

@@ -20,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from lmjax.ops.attention_flash import LOG2_E
 from lmjax.ops.attention_flash_tpu_kernels import (
-    LOG2_E,
-    Options,
     Steps,
+    TPUOptions,
     Work,
     dkv_kernel,
     dq_kernel,
@@ -91,7 +91,7 @@ def flash_attention_tpu(
     true, or parameters of Pallas's TPU interpreter.
     """
     B, T = q_BTNH.shape[:2]
-    options = Options(
+    options = TPUOptions(
         mask=mask,
         scale=scale,
         softcap=softcap,
@@ -120,6 +120,7 @@ def flash_visits(
     prefix_BT: Bool[Array, "batch T"] | None,
     *,
     mask: Mask,
+    dims: int | None = None,
     tile: int = TILE,
     interpret: Any = False,
 ) -> Visits:
@@ -127,7 +128,7 @@ def flash_visits(
 
     The arguments by name are those of the attention that it is for.
     """
-    del interpret
+    del dims, interpret
     given: Any = segment_ids_BT if prefix_BT is None else prefix_BT
     B, T = given.shape
     tile = tile_length(T, tile, LANES)
@@ -158,7 +159,7 @@ def _visits(visible: VisibleKeys, mask: Mask, tile: int, *, has_prefix: bool) ->
     return Visits(by_query, by_key, first_B1T, end_B1T, jnp.asarray(visible.is_exact_B))
 
 
-def _work(options: Options, q_BTNH, v_BTKV, visits: Visits | None) -> Work:
+def _work(options: TPUOptions, q_BTNH, v_BTKV, visits: Visits | None) -> Work:
     (B, T, N, H), (K, V) = q_BTNH.shape, v_BTKV.shape[2:]
     if visits is None:  # of NumPy, so that the grid's size is known while compiling
         visible = visible_keys(options.mask, T)
@@ -184,11 +185,11 @@ def _work(options: Options, q_BTNH, v_BTKV, visits: Visits | None) -> Work:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options: Options, *inputs):
+def _attention(options: TPUOptions, *inputs):
     return _forward(options, *inputs)[0]
 
 
-def _forward(options: Options, q_BTNH, k_BTKH, v_BTKV, visits, slopes_N, sinks_N):
+def _forward(options: TPUOptions, q_BTNH, k_BTKH, v_BTKV, visits, slopes_N, sinks_N):
     work = _work(options, q_BTNH, v_BTKV, visits)
     rows = work.step_heads, 1, work.tile
     out_BNTV, lse_BN1T = _call(
@@ -213,7 +214,7 @@ def _forward(options: Options, q_BTNH, k_BTKH, v_BTKV, visits, slopes_N, sinks_N
     return out_BTNV, (q_BTNH, k_BTKH, v_BTKV, visits, slopes_N, sinks_N, out_BTNV, lse_BN1T)
 
 
-def _backward(options: Options, residuals, dout_BTNV):
+def _backward(options: TPUOptions, residuals, dout_BTNV):
     q_BTNH, k_BTKH, v_BTKV, visits, slopes_N, sinks_N, out_BTNV, lse_BN1T = residuals
     work = _work(options, q_BTNH, v_BTKV, visits)
     delta_BTN = jnp.einsum("btnv,btnv->btn", out_BTNV, dout_BTNV, preferred_element_type=jnp.float32)
@@ -261,7 +262,7 @@ def _heads_first(work: Work, x_BTN: jax.Array) -> jax.Array:
     return jnp.swapaxes(x_BTN, 1, 2)
 
 
-def _shared_inputs(options: Options, work: Work, q_BTNH, k_BTKH, v_BTKV, slopes_N) -> dict[str, jax.Array]:
+def _shared_inputs(options: TPUOptions, work: Work, q_BTNH, k_BTKH, v_BTKV, slopes_N) -> dict[str, jax.Array]:
     """What all kernels take."""
     q_BNTH, k_BKTH, v_BKTV = (_heads_first(work, x) for x in (q_BTNH, k_BTKH, v_BTKV))
     return {
@@ -281,7 +282,7 @@ def _scalars(work: Work, x_N: jax.Array | None) -> jax.Array:
 
 def _call(
     kernel: Callable[..., None],
-    options: Options,
+    options: TPUOptions,
     work: Work,
     steps: Steps,
     inputs: dict[str, jax.Array],

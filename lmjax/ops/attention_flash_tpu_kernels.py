@@ -12,38 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lmjax.ops.attention_mask import Mask
+from lmjax.ops.attention_flash import HIDDEN, LOG2_E, NOTHING, Options
 from lmjax.ops.attention_tiles import FIRST, FLAG_BITS, LAST, MASKED, Schedule
-
-HIDDEN = -1e30
-"""The score of a key that a query does not see."""
-NOTHING = HIDDEN / 2
-"""The maximum of no scores: far under any, and so far above HIDDEN that 2 ** (HIDDEN - NOTHING) is 0."""
-
-LOG2_E = math.log2(math.e)
 
 PART = 256
 """Keys whose scores the forward pass makes at once: the fewer, the less of them leaves the registers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class TPUOptions(Options):
     """What is known while compiling."""
 
-    mask: Mask
-    scale: float
-    softcap: float | None
-    has_slopes: bool
-    has_sinks: bool
-    save_as: str | None
     tile: int
     """Positions of a tile."""
-    interpret: Any
-
-    @property
-    def factor(self) -> float:
-        """What products are multiplied by: then they are logarithms to base 2, or what a softcap takes the tanh of."""
-        return self.scale * LOG2_E if self.softcap is None else self.scale / self.softcap
 
 
 class Work(NamedTuple):

@@ -10,6 +10,7 @@ from lmjax.errors import InputError
 from lmjax.hardware import PLATFORMS, Hardware
 from lmjax.ops.attention_chunked import chunked_attention
 from lmjax.ops.attention_cudnn import cudnn_attention
+from lmjax.ops.attention_flash_hopper import flash_attention_hopper, hopper_visits
 from lmjax.ops.attention_flash_tpu import flash_attention_tpu, flash_visits
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_reference import reference_attention
@@ -123,6 +124,17 @@ KERNELS: dict[str, Kernel] = {
         head_dims=range(8, 257, 8),
         validation="interpreted against the reference, compiled for each generation; run on none",
     ),
+    "flash_hopper": Kernel(
+        attend=flash_attention_hopper,
+        visits=hopper_visits,
+        summary="our kernel for Hopper, which visits the tiles that mask, window and documents leave",
+        features=FEATURES,
+        hardware=frozenset({"gpu hopper"}),
+        dtypes=frozenset({"bfloat16", "float16"}),
+        head_dims=range(8, 257, 8),
+        validation="interpreted against the reference, compiled for an H200; run on none",
+        is_validated=False,
+    ),
     "cudnn": Kernel(
         attend=cudnn_attention,
         summary="NVIDIA's kernel, through jax.nn.dot_product_attention",
@@ -135,6 +147,10 @@ KERNELS: dict[str, Kernel] = {
     ),
 }
 """By the names that ``train.attention_kernel`` takes."""
+
+
+PREFERRED = {"tpu": ("splash", "flash_tpu"), "gpu": ("cudnn", "flash_hopper")}
+"""The kernels that ``auto`` tries on a platform before the plain forms."""
 
 
 class Choice(NamedTuple):
@@ -177,7 +193,9 @@ def choose_kernel(kernel: str, wanted: Wanted) -> Choice:
     able = [name for name, objection in objections.items() if objection is None]
     if kernel == "auto":
         plain = ("reference", "chunked") if wanted.length <= REFERENCE_LENGTH else ("chunked", "reference")
-        of_platform = {"tpu": ("splash", "flash_tpu"), "gpu": ("cudnn",)}.get(wanted.hardware.platform, ())
+        of_platform = {"tpu": ("splash", "flash_tpu"), "gpu": ("cudnn", "flash_hopper")}.get(
+            wanted.hardware.platform, ()
+        )
         order = (*of_platform, *plain)
         name = next(name for name in order if name in able and KERNELS[name].is_validated)
         entry = KERNELS[name]
