@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lmjax.compat import mosaic_gpu_kernel
 from lmjax.ops.attention_flash import LOG2_E, Options
 from lmjax.ops.attention_mask import Mask
-from lmjax.ops.attention_tiles import tile_ranges, visible_keys
+from lmjax.ops.attention_tiles import TileRanges, tile_ranges, visible_keys
 
 QUERIES = 128
 """Positions of a program's queries, of which each of two warpgroups has 64."""
@@ -120,11 +120,19 @@ def hopper_visits(
     by_query_backward, _ = tile_ranges(visible, QUERIES // backward.split, backward.visited)
     _, by_key = tile_ranges(visible, backward.visited, QUERIES // backward.split)
     xp: Any = np if given is None else jnp
-    padding = ((0, 0), (0, 0), (0, -length % QUERIES))
+    padded = length + -length % QUERIES
+
+    def stacked(ranges: TileRanges, own: int) -> Any:
+        """Also of tiles that have nothing but padding, which visit nothing."""
+        x_BI4 = xp.stack(ranges, axis=-1).astype(np.int32)
+        return xp.pad(x_BI4, ((0, 0), (0, padded // own - x_BI4.shape[1]), (0, 0)))
+
     return Visits(
-        xp.pad(xp.stack([visible.first_BT, visible.end_BT], axis=1), padding),
+        xp.pad(xp.stack([visible.first_BT, visible.end_BT], axis=1), ((0, 0), (0, 0), (0, padded - length))),
         visible.is_exact_B,
-        *(xp.stack(ranges, axis=-1).astype(np.int32) for ranges in (by_query, by_query_backward, by_key)),
+        stacked(by_query, QUERIES),
+        stacked(by_query_backward, QUERIES // backward.split),
+        stacked(by_key, QUERIES // backward.split),
     )
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lmjax.ops.attention_kernels import wanted_features
 from lmjax.ops.attention_mask import Mask
@@ -64,13 +66,13 @@ class SweepCase:
         return case._replace(v=v, dout=dout, prefix=prefix, slopes=slopes)
 
 
-def sweep(count: int) -> list[SweepCase]:
-    """The first ``count`` draws."""
+def sweep(count: int, longest: int = 420) -> list[SweepCase]:
+    """The first ``count`` draws, of rows shorter than ``longest``."""
     cases = []
     for seed in range(count):
         rng = np.random.default_rng((7, seed))
         kind = str(rng.choice(("causal", "window", "bidirectional")))
-        length = int(rng.integers(2, 420))
+        length = int(rng.integers(2, longest))
         mask = Mask(causal=kind != "bidirectional", window=int(rng.integers(1, length)) if kind == "window" else None)
         flags = rng.random(5) < 0.5
         head_dim = int(rng.choice(HEAD_DIMS))
@@ -92,3 +94,22 @@ def sweep(count: int) -> list[SweepCase]:
             )
         )
     return cases
+
+
+IN_ALL, IN_TEST = 20, 4
+"""How many of the sweep the larger tier and the tests that everyone runs take; ``make proof-kernels`` takes all."""
+
+
+def sweep_in_tiers(count: int, longest: int = 420) -> list:
+    """The same as parameters of a test."""
+
+    def marks(number: int) -> tuple[pytest.MarkDecorator, ...]:
+        return () if number < IN_TEST else (pytest.mark.slow,) if number < IN_ALL else (pytest.mark.proof,)
+
+    return [pytest.param(case, id=str(case), marks=marks(number)) for number, case in enumerate(sweep(count, longest))]
+
+
+def relative_errors(found, expected) -> list[float]:
+    """By the largest value; by 1 where that is smaller, as gradients are that vanish but for rounding."""
+    both = zip(found, expected, strict=True)
+    return [float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(y).max(), 1)) for x, y in both]

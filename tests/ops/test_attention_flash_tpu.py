@@ -15,31 +15,14 @@ from lmjax.ops.attention_flash_tpu import flash_attention_tpu
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_reference import reference_attention
 from tests.ops.attention_case import PLAIN, Features, make_case, run_kernel, run_reference
-from tests.ops.flash_cases import TILE, SweepCase, sweep
+from tests.ops.flash_cases import TILE, SweepCase, relative_errors, sweep, sweep_in_tiers
 from tests.ops.sharded import assert_trees_close
-
-IN_ALL, IN_TEST = 20, 4
-"""How many of the sweep the larger tier and the tests that everyone runs take; ``make proof-kernels`` takes all."""
-
-
-def tier(number: int) -> tuple[pytest.MarkDecorator, ...]:
-    return () if number < IN_TEST else (pytest.mark.slow,) if number < IN_ALL else (pytest.mark.proof,)
-
-
-CASES = [pytest.param(case, id=str(case), marks=tier(number)) for number, case in enumerate(sweep(200))]
-
-
-def relative_errors(found, expected) -> list[float]:
-    """By the largest value; by 1 where that is smaller, as gradients are that vanish but for rounding."""
-    both = zip(found, expected, strict=True)
-    return [float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(y).max(), 1)) for x, y in both]
-
 
 RACES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
 """As on a chip of two cores, which share the first dimension of a grid."""
 
 
-@pytest.mark.parametrize("drawn", CASES)
+@pytest.mark.parametrize("drawn", sweep_in_tiers(200))
 def test_values_and_gradients_are_the_references_without_a_race(drawn: SweepCase, capfd):
     case = drawn.arrays()
     found = run_kernel(
