@@ -68,12 +68,16 @@ test: env ## everything that matters in a small form (15 minutes)
 test-all: env ## the slow tests, after make test (20 minutes)
 	$(pytest) -n $(WORKERS) -m slow
 
-.PHONY: test-newest test-newest-fast test-jax-0.11
+.PHONY: test-newest test-newest-fast test-newest-kernels test-jax-0.11
 test-newest: ## make test on Python 3.12 or newer with the newest JAX
 	$(MAKE) test VENV=$(VENV_NEWEST) PYTHON='$(PYTHON_NEWEST)'
 
 test-newest-fast: ## make test-fast on Python 3.12 or newer with the newest JAX
 	$(MAKE) test-fast VENV=$(VENV_NEWEST) PYTHON='$(PYTHON_NEWEST)'
+
+test-newest-kernels: ## the Hopper kernels in Pallas's interpreter, which JAX has from 0.12 on (5 minutes)
+	$(MAKE) env VENV=$(VENV_NEWEST) PYTHON='$(PYTHON_NEWEST)'
+	$(VENV_NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not proof' tests/ops/test_attention_flash_hopper.py
 
 test-jax-0.11: ## make test on Python 3.12 or newer with the oldest JAX that it may have
 	$(MAKE) test VENV=$(VENV_JAX_0_11) PYTHON='$(PYTHON_NEWEST)' CONSTRAINTS="'jax==0.11.2'"
@@ -82,16 +86,20 @@ test-jax-0.11: ## make test on Python 3.12 or newer with the oldest JAX that it 
 in_newest = $(MAKE) env VENV=$(1) EXTRAS=dev,$(2) PYTHON='$(PYTHON_NEWEST)' && $(1)/bin/python -m pytest -m proof
 
 .PHONY: proof-plan
-proof-plan: ## compile Llama-3-8B's step for 64 TPU v5p chips (Python 3.12 or newer; 2 minutes)
-	$(call in_newest,$(VENV_NEWEST),tpu) tests/plan/test_published_steps.py -k llama3_8b
+proof-plan: ## compile the steps of dense models for 64 TPU v5p chips (Python 3.12 or newer; ten minutes)
+	$(call in_newest,$(VENV_NEWEST),tpu) tests/plan/test_published_steps.py -k "llama3_8b_fits or 64_chips_and"
 
 .PHONY: proof-kernels
-proof-kernels: env ## 200 drawn cases of the TPU kernel in Pallas's interpreter, and its compiles for five generations
+proof-kernels: env ## 200 drawn cases of each of our kernels in Pallas's interpreters, and that for TPU compiled for five generations
 	$(pytest) -n $(WORKERS) -m '' tests/ops/test_attention_flash_tpu.py tests/ops/test_attention_flash_compile.py
+	$(MAKE) env VENV=$(VENV_NEWEST) PYTHON='$(PYTHON_NEWEST)'
+	$(VENV_NEWEST)/bin/python -m pytest -n $(WORKERS) -m '' tests/ops/test_attention_flash_hopper.py
 
 .PHONY: proof-cuda
-proof-cuda: ## compile cuDNN's attention for an H200 in .venv-cuda (Python 3.12 or newer; gigabytes to install)
-	$(call in_newest,$(VENV_CUDA),cuda13) tests/ops/test_attention_cudnn.py
+proof-cuda: ## compile our attention and cuDNN's, and steps with ours, for H200 in .venv-cuda (Python 3.12 or newer; gigabytes)
+	$(call in_newest,$(VENV_CUDA),cuda13) -n $(WORKERS) tests/ops/test_attention_cudnn.py \
+	  tests/ops/test_attention_flash_hopper_compile.py
+	$(call in_newest,$(VENV_CUDA),cuda13) tests/plan/test_published_steps.py -k 8_h200
 
 .PHONY: proof-moe
 proof-moe: ## compile the steps of Mixtral-8x7B and DeepSeek-V3 for TPU (Python 3.12 or newer; ten minutes, 9 GiB)

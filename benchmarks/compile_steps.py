@@ -50,6 +50,11 @@ def quadratic_arrays(case: "Case", text: str) -> set[ArrayShape]:
     return arrays_above(text, case.length, case.length)
 
 
+def score_arrays(case: "Case", text: str) -> set[ArrayShape]:
+    """Of two dimensions that are the length, which no width of these models is."""
+    return {found for found in array_shapes(text) if found.shape.count(case.length) > 1}
+
+
 def arrays_by_experts_and_tokens(case: "Case", text: str) -> set[ArrayShape]:
     """Larger than the rows of all tokens that the experts of a chip may get, the inputs of all blocks, and a parameter.
 
@@ -135,6 +140,19 @@ CASES = {
             length=4096,
             chip_gib=95,
             too_large=arrays_by_experts_and_tokens,
+        ),
+        *(
+            Case(
+                name=f"{name}_h200",
+                config=name,
+                topology="h200:8",
+                mesh=MeshConfig(fsdp=8),
+                rows=8,
+                length=8192,
+                chip_gib=131,
+                too_large=score_arrays,
+            )
+            for name in ("llama3_8b", "gemma2_9b", "mistral_7b", "mpt_7b")
         ),
         Case(
             name="mixtral_8x7b_h200",

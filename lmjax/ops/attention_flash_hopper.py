@@ -227,7 +227,7 @@ def _call(
     """Run ``kernel`` for every tile of every head of every row. ``products`` of a query and a key are made in it."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from lmjax.ops.attention_flash_hopper_kernels import COMPUTING, Sizes
+    from lmjax.ops.attention_flash_hopper_parts import COMPUTING, Sizes
 
     (B, T, N, H), (K, V) = inputs["q"].shape, inputs["v"].shape[2:]
     visited, stages, split = tiles(max(H, V))

@@ -1,5 +1,7 @@
 """Steps of models that are trained for real, on the pods that they are trained on."""
 
+import re
+
 import pytest
 
 from benchmarks.compile_steps import CASES, GIB, compile_case
@@ -9,15 +11,15 @@ from lmjax.plan.compile import CompiledStep
 pytestmark = pytest.mark.proof
 
 
-def compiled(name: str, *, share: float = 1.001) -> CompiledStep:
+def compiled(name: str, *, share: float = 1.001, attention_kernel: str = "auto") -> CompiledStep:
     """Of which a chip holds the batch and its even part of the parameters and two moments in float32, ``share`` of it
     at most."""
     case = CASES[name]
     if case.platform == "tpu":
         pytest.importorskip("libtpu")
-    step = compile_case(case)
+    step = compile_case(case, attention_kernel)
     assert case.too_large(case, step.text) == set()
-    assert case.platform == "gpu" or "splash" in step.text
+    assert case.platform == "gpu" or attention_kernel != "auto" or "splash" in step.text
     assert step.total_bytes < case.chip_gib * GIB
     parts = case.mesh.fsdp * case.mesh.expert * case.mesh.tensor
     batch = 5 * 4 * case.length * case.rows // (case.mesh.fsdp * case.mesh.expert)
@@ -27,6 +29,22 @@ def compiled(name: str, *, share: float = 1.001) -> CompiledStep:
 
 def test_llama3_8b_fits_64_chips_with_less_than_10_gib_of_temporaries_and_nothing_quadratic():
     assert compiled("llama3_8b").temp_bytes < 10 * GIB
+
+
+def kernels(step: CompiledStep) -> set[str]:
+    """Of our own attention."""
+    return set(re.findall(r"flash_(forward|dq|dkv)\b", step.text))
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "gemma2_9b", "mistral_7b", "mpt_7b"])
+def test_with_our_attention_kernel_it_fits_64_chips_and_nothing_is_quadratic(name):
+    assert kernels(compiled(name, attention_kernel="flash_tpu")) == {"forward", "dq", "dkv"}
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "gemma2_9b", "mistral_7b", "mpt_7b"])
+def test_with_our_attention_kernel_it_fits_8_h200_without_an_array_of_scores(name):
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    assert kernels(compiled(f"{name}_h200", attention_kernel="flash_hopper")) == {"forward", "dq", "dkv"}
 
 
 def test_mixtral_8x7b_fits_128_chips_with_its_experts_over_8_of_them_and_nothing_by_experts_and_tokens():
