@@ -51,8 +51,8 @@ def quadratic_arrays(case: "Case", text: str) -> set[ArrayShape]:
 
 
 def score_arrays(case: "Case", text: str) -> set[ArrayShape]:
-    """Of two dimensions that are the length, which no width of these models is."""
-    return {found for found in array_shapes(text) if found.shape.count(case.length) > 1}
+    """Of heads and twice the length, which no width of these models is. The optimizer has parameters as squares."""
+    return {found for found in array_shapes(text) if len(found.shape) > 2 and found.shape.count(case.length) > 1}
 
 
 def arrays_by_experts_and_tokens(case: "Case", text: str) -> set[ArrayShape]:
