@@ -38,3 +38,5 @@ def test_attention_shows_the_whole_table_and_nothing_else(capsys, monkeypatch):
     (found,) = json.loads(capsys.readouterr().out).values()
     assert [set(kernel["features"]) for kernel in found] == [kernel.features for kernel in KERNELS.values()]
     assert "flash_tpu" in {kernel["kernel"] for kernel in found if "tpu v5p" in kernel["hardware"]}
+    assert [kernel["kernel"] for kernel in found if not kernel["taken_by_auto"]] == ["flash_hopper"]
+    assert "by name only" in shown

@@ -107,6 +107,16 @@ def test_what_splash_lacks_is_left_to_our_kernel_and_the_log_says_how_that_was_v
     assert choose_kernel("splash", wanted(every - {feature})).name == "splash"
 
 
+def test_the_hopper_kernel_has_everything_and_is_taken_only_by_name():
+    every = wanted(FEATURES - {"bidirectional"}, hardware=HOPPER)
+    choice = choose_kernel("auto", every)
+    assert choice.name == "chunked"
+    assert "flash_hopper was not validated on this hardware" in choice.why
+    assert choose_kernel("flash_hopper", every).name == "flash_hopper"
+    with pytest.raises(InputError, match="'flash_hopper' runs on gpu hopper only, not on gpu ampere"):
+        choose_kernel("flash_hopper", wanted(hardware=Hardware("gpu", "ampere")))
+
+
 def test_a_kernel_that_was_not_validated_is_taken_only_by_name(monkeypatch):
     monkeypatch.setitem(KERNELS, "flash_tpu", dataclasses.replace(KERNELS["flash_tpu"], is_validated=False))
     choice = choose_kernel("auto", wanted({"causal", "alibi"}))
