@@ -40,6 +40,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from lmjax.compat import temporary_bytes
 from lmjax.hardware import hardware_here
 from lmjax.ops.attention_flash_tpu import flash_attention_tpu
 from lmjax.ops.attention_kernels import KERNELS, Wanted, wanted_features
@@ -240,13 +241,11 @@ def compile_one(topology: str, kernel: str, length: int) -> dict[str, Any]:
     q, kv = shape(COMPILED_HEADS, 128), shape(COMPILED_KV_HEADS, 128)
     began = time.perf_counter()
     program = jax.jit(run).trace(q, kv, kv, shape(dtype="int32"), q).lower(lowering_platforms=("tpu",)).compile()
-    memory = program.memory_analysis()
-    assert memory is not None
     return {
         "topology": topology,
         "kernel": kernel,
         "length": length,
-        "temp_mib": round(memory.temp_size_in_bytes / 2**20, 1),
+        "temp_mib": round(temporary_bytes(program) / 2**20, 1),
         "seconds": round(time.perf_counter() - began, 1),
     }
 

@@ -38,3 +38,16 @@ def test_the_benchmark_of_attention_checks_every_feature_of_every_kernel_that_ca
     assert found["numerics"].keys() >= {"window", "packed", "softcap", "alibi", "sinks", "prefix", "all"}
     (causal,) = found["speeds"]
     assert causal["chunked"]["both"]["ms"] > 0
+
+
+def test_the_benchmark_of_attention_needs_little_but_jax():
+    """On a rented machine there may be nothing else."""
+    absent = ("flax", "optax", "orbax", "grain", "omegaconf", "pydantic", "etils", "typer", "rich")
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); from benchmarks.attention import KERNELS; "
+    program += "print(KERNELS.keys())"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "flash_hopper" in done.stdout

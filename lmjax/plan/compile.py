@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from lmjax.compat import temporary_bytes
 from lmjax.errors import InputError
 from lmjax.mesh import MeshConfig, make_mesh
 from lmjax.models.decoder import Execution
@@ -153,7 +154,7 @@ def compile_step(blueprint: Blueprint, execution: Execution, options: LossOption
     return CompiledStep(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
+        temp_bytes=temporary_bytes(compiled),
         alias_bytes=memory.alias_size_in_bytes,
         collectives=collectives(text),
         flops=(compiled.cost_analysis() or {}).get("flops"),

@@ -7,6 +7,7 @@ import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from lmjax.compat import temporary_bytes
 from lmjax.ops.attention_flash_tpu import flash_attention_tpu
 from lmjax.ops.attention_mask import Mask
 from lmjax.plan.compile import topology_devices
@@ -112,7 +113,7 @@ def test_long_rows_need_memory_in_proportion(chip, length):
     arrays = re.findall(r"\w\[([\d,]+)\]", program.as_text())
     assert not [sizes for sizes in arrays if sum(int(size) >= length for size in sizes.split(",")) >= 2]
     rows_in_bytes = 2 * length * 128 * (8 + 2 + 2 + 8)
-    assert program.memory_analysis().temp_size_in_bytes < 3 * rows_in_bytes
+    assert temporary_bytes(program) < 3 * rows_in_bytes
 
 
 @pytest.mark.proof

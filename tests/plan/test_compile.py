@@ -3,10 +3,13 @@
 import dataclasses
 import importlib.util
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
+from lmjax.compat import temporary_bytes
 from lmjax.errors import InputError
 from lmjax.hardware import Hardware
 from lmjax.mesh import MeshConfig
@@ -134,3 +137,15 @@ def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(InputError, match=r"lmjax\[tpu\]"):
         topology_devices("v5p:2x2x2")
     topology_devices.cache_clear()
+
+
+def test_temporaries_are_what_is_needed_besides_arguments_and_results():
+    """Up to libtpu 0.0.50 its own figure has them in it."""
+    n = 4096
+    square = jax.ShapeDtypeStruct((n, n), "float32", sharding=SingleDeviceSharding(topology_devices("v5p:2x2x1")[0]))
+
+    def temporaries(function):
+        return temporary_bytes(jax.jit(function).trace(square).lower(lowering_platforms=("tpu",)).compile())
+
+    assert temporaries(lambda x: x + 1) < 0.1 * 4 * n**2
+    assert 4 * n**2 <= temporaries(lambda x: jnp.sort(jnp.sort(x, 0), 1) @ x) < 4.1 * 4 * n**2

@@ -27,8 +27,8 @@ def compiled(name: str, *, share: float = 1.001, attention_kernel: str = "auto")
     return step
 
 
-def test_llama3_8b_fits_64_chips_with_less_than_10_gib_of_temporaries_and_nothing_quadratic():
-    assert compiled("llama3_8b").temp_bytes < 10 * GIB
+def test_llama3_8b_fits_64_chips_with_less_than_maxtexts_7_gib_of_temporaries_and_nothing_quadratic():
+    assert compiled("llama3_8b").temp_bytes < 7 * GIB
 
 
 def kernels(step: CompiledStep) -> set[str]:
@@ -38,7 +38,9 @@ def kernels(step: CompiledStep) -> set[str]:
 
 @pytest.mark.parametrize("name", ["llama3_8b", "gemma2_9b", "mistral_7b", "mpt_7b"])
 def test_with_our_attention_kernel_it_fits_64_chips_and_nothing_is_quadratic(name):
-    assert kernels(compiled(name, attention_kernel="flash_tpu")) == {"forward", "dq", "dkv"}
+    step = compiled(name, attention_kernel="flash_tpu")
+    assert kernels(step) == {"forward", "dq", "dkv"}
+    assert step.temp_bytes < 8 * GIB
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "gemma2_9b", "mistral_7b", "mpt_7b"])
