@@ -1,22 +1,38 @@
 """``lmjax info``: what this machine runs lmjax with."""
 
+import functools
 from typing import Annotated, Any
 
 import typer
 
 from lmjax.cli.arguments import AsJson
 from lmjax.cli.table import print_json, print_table
+from lmjax.errors import InputError
 
 Attention = Annotated[
     bool, typer.Option("--attention", help="Print what each attention kernel has and where it runs, and nothing else.")
 ]
 
 
-def info(as_json: AsJson = False, attention: Attention = False) -> None:
+ValidateKernels = Annotated[
+    bool,
+    typer.Option(
+        "--validate-kernels",
+        help="Run our attention kernels on the device here beside the reference, and let auto take those that agree.",
+    ),
+]
+
+
+def info(as_json: AsJson = False, attention: Attention = False, validate_kernels: ValidateKernels = False) -> None:
     """Show versions, devices, and which attention kernels there are.
 
     Example: lmjax info --attention
     """
+    if validate_kernels:
+        if attention:
+            raise InputError("--attention prints a table and --validate-kernels runs kernels; leave out one of them")
+        _validate(as_json)
+        return
     from lmjax.train.provenance import devices, versions
 
     found: dict[str, Any] = {} if attention else {"versions": versions(), "devices": devices()}
@@ -31,6 +47,50 @@ def info(as_json: AsJson = False, attention: Attention = False) -> None:
     print_table("Devices", ("platform", "kind", "count"), [tuple(row.values()) for row in found["devices"]])
     rows = [(row["kernel"], ", ".join(row["hardware"]), row["summary"]) for row in found["kernels"]]
     print_table("Attention kernels", ("kernel", "hardware", "what it is"), rows)
+
+
+def _validate(as_json: bool) -> None:
+    from lmjax.hardware import hardware_here
+    from lmjax.ops.attention_kernels import KERNELS
+    from lmjax.ops.attention_validation import checks, outcome, record
+
+    here = hardware_here()
+    ours = {name: kernel for name, kernel in KERNELS.items() if kernel.validation is not None}
+    able = {name: kernel for name, kernel in ours.items() if here.is_one_of(kernel.hardware)}
+    if not able:
+        raise InputError(
+            f"--validate-kernels: none of our kernels runs on {here}; {', '.join(ours)} run on "
+            f"{', '.join(sorted({each for kernel in ours.values() for each in kernel.hardware}))}"
+        )
+    found: list[dict[str, Any]] = []
+    for name, kernel in able.items():
+        attend = functools.partial(kernel.attend, **kernel.options.get(here.platform, {}))
+        outcomes = [outcome(attend, check) for check in checks(kernel.dtypes)]
+        agrees = all(each.agrees for each in outcomes)
+        rows = [
+            {
+                "check": each.check.name,
+                "head_dim": each.check.head_dim,
+                "dtype": each.check.dtype,
+                "errors_by_the_references": [round(ratio, 3) for ratio in each.ratios],
+                "agrees": each.agrees,
+            }
+            for each in outcomes
+        ]
+        file = str(record(name, here)) if agrees else None
+        found.append({"kernel": name, "hardware": str(here), "agrees": agrees, "recorded_in": file, "checks": rows})
+    if as_json:
+        print_json({"validated": found})
+    else:
+        for row in found:
+            print_table(
+                f"{row['kernel']} on {row['hardware']}",
+                ("check", "head_dim", "dtype", "errors by the reference's: result, dq, dk, dv", "agrees"),
+                [tuple(str(value) for value in each.values()) for each in row["checks"]],
+            )
+            print(f"{row['kernel']}: " + (f"agrees; recorded in {row['recorded_in']}" if row["agrees"] else "differs"))
+    if not all(row["agrees"] for row in found):
+        raise typer.Exit(1)
 
 
 def kernels() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from lmjax.ops.attention_flash_tpu import flash_attention_tpu, flash_visits
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_reference import reference_attention
 from lmjax.ops.attention_splash import LANES, splash_attention
+from lmjax.ops.attention_validation import is_recorded
 
 REFERENCE_LENGTH = 1024
 """Up to this many positions ``auto`` prefers all scores of a row at once to blocks of them: memory bears it."""
@@ -66,7 +67,7 @@ class Kernel:
     validation: str | None = None
     """What shows that it computes what it should on this hardware, for kernels of ours."""
     is_validated: bool = True
-    """Whether that is enough for ``auto`` to take it."""
+    """Whether that is enough for ``auto`` to take it, where this machine has no record of its own."""
 
     def objection(self, wanted: Wanted) -> str | None:
         """Why it cannot do what is wanted; None if it can."""
@@ -197,12 +198,16 @@ def choose_kernel(kernel: str, wanted: Wanted) -> Choice:
             wanted.hardware.platform, ()
         )
         order = (*of_platform, *plain)
-        name = next(name for name in order if name in able and KERNELS[name].is_validated)
+        name = next(
+            name
+            for name in order
+            if name in able and (KERNELS[name].is_validated or is_recorded(name, wanted.hardware))
+        )
         entry = KERNELS[name]
         why = [f"{entry.summary}, for {wanted.length} positions on {wanted.hardware}"]
         why += [] if entry.validation is None else [entry.validation]
         why += [
-            f"{other} {objections[other] or 'was not validated on this hardware'}"
+            f"{other} {objections[other] or 'was not validated on this hardware (lmjax info --validate-kernels does)'}"
             for other in order[: order.index(name)]
         ]
         return Choice(name, "; ".join(why))
