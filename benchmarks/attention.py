@@ -1,10 +1,11 @@
 """Attention kernels: what they compute and how fast on the accelerator here, or what they compile to for absent TPUs.
 
-    python -m benchmarks.attention                  # on one GPU or TPU: numerics of each feature, then speeds
+    python -m benchmarks.attention --plot speeds.png  # on one GPU or TPU: numerics of each feature, then speeds
     python -m benchmarks.attention --small          # the same in tiny sizes, anywhere
     python -m benchmarks.attention --compile-only   # TPU kernels for five generations, on a CPU (libtpu)
 
-Measured are the kernels of ``lmjax.ops.attention_kernels`` that can do what is asked on this hardware. Numerics are the
+Measured are the kernels of ``lmjax.ops.attention_kernels`` that can do what is asked on this hardware, and those of
+other libraries that are installed (``attention_peers``). Numerics are the
 largest differences of values and gradients from the reference in float32, by the largest value. Speeds are forward, and
 forward with backward; operations are those of the visible pairs: 4 a pair, head and dimension forward, 2.5 times that
 backward. All kernels take turns, round after round.
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +42,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.attention_peers import Passes, as_numpy, of_jax, peers
 from lmjax.compat import temporary_bytes
 from lmjax.hardware import hardware_here
 from lmjax.ops.attention_flash_tpu import flash_attention_tpu
@@ -51,7 +54,9 @@ from lmjax.ops.attention_tiles import visible_keys
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 HEADS, KV_HEADS = 32, 8
 COMPILED_HEADS, COMPILED_KV_HEADS = 8, 2
-PACKAGES = ("jax", "jaxlib", "libtpu")
+PACKAGES = ("jax", "jaxlib", "libtpu", "torch", "flash-attn", "tokamax")
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, AssertionError)
+"""What libraries raise for what they cannot do, or have no memory for."""
 
 
 class Problem(NamedTuple):
@@ -79,6 +84,10 @@ class Problem(NamedTuple):
             alibi=self.alibi,
             sinks=self.sinks,
         )
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
 
     def segment_ids(self) -> jax.Array | None:
         if not self.documents:
@@ -138,23 +147,14 @@ def able_kernels(problem: Problem, dtype: str) -> list[str]:
     return [name for name, kernel in KERNELS.items() if kernel.objection(wanted) is None]
 
 
-def passes(problem: Problem, kernel: str, heads: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The forward pass, and the forward pass with gradients, of (q, k, v, dout)."""
+def attend_of(problem: Problem, kernel: str, heads: int) -> Callable[..., jax.Array]:
+    """The kernel as a function of (q, k, v)."""
     entry = KERNELS[kernel]
     options: dict[str, Any] = dict(entry.options.get(jax.default_backend(), {})) | problem.extras(heads)
     if problem.softcap is not None:
         options["softcap"] = problem.softcap
-    scale = problem.head_dim**-0.5
     segment_ids = problem.segment_ids()
-
-    def attend(q, k, v):
-        return entry.attend(q, k, v, segment_ids, mask=problem.mask, scale=scale, **options)
-
-    def both(q, k, v, dout):
-        out, pull_back = jax.vjp(attend, q, k, v)
-        return out, *pull_back(dout)
-
-    return jax.jit(lambda q, k, v, _: attend(q, k, v)), jax.jit(both)
+    return lambda q, k, v: entry.attend(q, k, v, segment_ids, mask=problem.mask, scale=problem.scale, **options)
 
 
 def arrays(problem: Problem, heads: int, kv_heads: int, dtype: str) -> list[jax.Array]:
@@ -164,41 +164,64 @@ def arrays(problem: Problem, heads: int, kv_heads: int, dtype: str) -> list[jax.
     return [jnp.asarray(rng.standard_normal(sizes, np.float32), dtype) for sizes in of_heads]
 
 
+def ready_passes(problem: Problem, given: list[jax.Array], heads: int) -> dict[str, Passes | str]:
+    """Of all kernels here and all peers that can, compiled side by side; what went wrong where something did."""
+    makers: dict[str, Callable[[], Passes]] = {
+        name: functools.partial(of_jax, attend_of(problem, name, heads), given)
+        for name in able_kernels(problem, str(given[0].dtype))
+        if name != "reference" or problem.length <= 4096
+    }
+    makers |= dict(peers(problem.features, problem.mask.window, given, problem.scale))
+
+    def made(make: Callable[[], Passes]) -> Passes | str:
+        try:
+            passes = make()
+            passes.forward()
+            if passes.both is not None:
+                passes.both()
+            return passes
+        except FAILURES as error:  # the others are still to be measured
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(makers, pool.map(made, makers.values()), strict=True))
+
+
 def numerics(problem: Problem, dtype: str) -> dict[str, Any]:
     """By kernel the differences of (out, dq, dk, dv) from the reference in float32."""
     heads, kv_heads = 4, 2
     given = arrays(problem, heads, kv_heads, dtype)
-    truth = passes(problem, "reference", heads)[1](*(x.astype("float32") for x in given))
-    found = {}
-    for name in able_kernels(problem, dtype):
-        try:
-            results = passes(problem, name, heads)[1](*given)
-            differences = (jnp.abs(x - y).max() / jnp.abs(y).max() for x, y in zip(results, truth, strict=True))
-            found[name] = [float(f"{float(difference):.2g}") for difference in differences]
-        except jax.errors.JaxRuntimeError as error:
-            found[name] = str(error).splitlines()[0][:200]
+    with jax.default_matmul_precision("highest"):
+        exact = of_jax(attend_of(problem, "reference", heads), [x.astype("float32") for x in given])
+    assert exact.both is not None
+    truth = [as_numpy(x) for x in exact.both()]
+    found: dict[str, Any] = {}
+    for name, passes in ready_passes(problem, given, heads).items():
+        if isinstance(passes, str):
+            found[name] = passes
+            continue
+        results = [passes.forward()] if passes.both is None else passes.both()
+        differences = (np.abs(as_numpy(x) - y).max() / np.abs(y).max() for x, y in zip(results, truth, strict=False))
+        found[name] = [float(f"{float(difference):.2g}") for difference in differences]
     return found
 
 
 def speeds(problem: Problem, dtype: str, rounds: int, heads: int, kv_heads: int) -> dict[str, Any]:
     """By kernel TFLOP/s forward, and of forward and backward together."""
-    given = arrays(problem, heads, kv_heads, dtype)
-    ready: dict[tuple[str, str], Callable[[], Any]] = {}
-    found: dict[str, Any] = {}
-    for name in able_kernels(problem, dtype):
-        if name == "reference" and problem.length > 4096:
-            continue
-        try:
-            for of_pass, run in zip(("forward", "both"), passes(problem, name, heads), strict=True):
-                jax.block_until_ready(run(*given))
-                ready[name, of_pass] = functools.partial(run, *given)
-        except jax.errors.JaxRuntimeError as error:
-            found[name] = str(error).splitlines()[0][:200]
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in ready}
+    ready = ready_passes(problem, arrays(problem, heads, kv_heads, dtype), heads)
+    found: dict[str, Any] = {name: passes for name, passes in ready.items() if isinstance(passes, str)}
+    runs = {
+        (name, of_pass): run
+        for name, passes in ready.items()
+        if isinstance(passes, Passes)
+        for of_pass, run in passes._asdict().items()
+        if run is not None
+    }
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
-        for key, run in ready.items():
+        for key, run in runs.items():
             began = time.perf_counter()
-            jax.block_until_ready(run())
+            run()
             seconds[key].append(time.perf_counter() - began)
     operations = problem.operations(heads)
     for (name, of_pass), times in seconds.items():
@@ -211,11 +234,18 @@ def speeds(problem: Problem, dtype: str, rounds: int, heads: int, kv_heads: int)
 
 def measure(*, small: bool, rounds: int) -> dict[str, Any]:
     dtype = "float32" if small else "bfloat16"
-    checked = features_of(160, 16) if small else features_of(1000, 128)
+    checked = [
+        problem
+        for head_dim in ((16,) if small else (128, 64, 256))
+        for problem in features_of(160 if small else 1000, head_dim)
+    ]
     timed = [Problem("causal", 64, head_dim=16)] if small else list(speeds_of(16 * 1024, (1024, 4096, 8192, 32768)))
     heads = (4, 2) if small else (HEADS, KV_HEADS)
     return {
-        "numerics": {problem.name: numerics(problem, dtype) for problem in checked},
+        "numerics": [
+            {"problem": problem.name, "head_dim": problem.head_dim, "differences": numerics(problem, dtype)}
+            for problem in checked
+        ],
         "speeds": [
             {"problem": problem.name, "length": problem.length, "rows": problem.rows, "head_dim": problem.head_dim}
             | speeds(problem, dtype, rounds, *heads)
@@ -224,6 +254,28 @@ def measure(*, small: bool, rounds: int) -> dict[str, Any]:
         "dtype": dtype,
         "device": jax.devices()[0].device_kind,
     }
+
+
+def draw(speeds: list[dict[str, Any]], device: str, file: Path) -> None:
+    """Forward and backward together, by kernel: a picture of TFLOP/s over lengths for each problem and head_dim."""
+    from matplotlib.figure import Figure
+
+    panels: dict[tuple[str, int], dict[str, list[tuple[int, float]]]] = {}
+    for row in speeds:
+        lines = panels.setdefault((row["problem"], row["head_dim"]), {})
+        for name, told in row.items():
+            if isinstance(told, dict) and "both" in told:
+                lines.setdefault(name, []).append((row["length"], told["both"]["tflops"]))
+    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    figure.suptitle(f"attention, forward and backward, on {device}")
+    for ax, ((problem, head_dim), lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name, points in lines.items():
+            ax.plot(*zip(*points, strict=True), marker="o", label=name)
+        ax.set(title=f"{problem}, head_dim {head_dim}", xlabel="positions", ylabel="TFLOP/s", xscale="log", ylim=0)
+        ax.legend()
+    figure.savefig(file)
 
 
 def compile_one(topology: str, kernel: str, length: int) -> dict[str, Any]:
@@ -298,6 +350,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes in float32, on whatever there is")
     parser.add_argument("--compile-only", action="store_true", help="compile for TPUs that are not here")
     parser.add_argument("--bundles", action="store_true", help="count what the TPU compiler schedules, at 4096 tokens")
+    parser.add_argument("--plot", type=Path, help="draw the speeds into this file (needs matplotlib)")
     parser.add_argument("--compile-one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.compile_one:
@@ -318,6 +371,8 @@ def main() -> None:
         if not arguments.small and jax.default_backend() == "cpu":
             parser.error("JAX finds no accelerator here; --small and --compile-only run anywhere")
         result = measure(small=arguments.small, rounds=arguments.rounds)
+        if arguments.plot:
+            draw(result["speeds"], result["device"], arguments.plot)
     versions = {"python": platform.python_version(), **dict(_versions())}
     print(json.dumps({"name": "attention", **result, "versions": versions}))
 

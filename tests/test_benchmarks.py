@@ -1,5 +1,6 @@
 """Benchmarks for machines that are lent by the hour: they run, and what they compare computes the same."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,18 +27,22 @@ def test_all_forms_of_a_layer_of_experts_give_what_transformers_block_gives():
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_attention_checks_every_feature_of_every_kernel_that_can():
-    command = [sys.executable, "-m", "benchmarks.attention", "--small", "--rounds", "1"]
+def test_the_benchmark_of_attention_checks_every_feature_of_every_kernel_that_can(tmp_path):
+    plot = tmp_path / "speeds.png"
+    command = [sys.executable, "-m", "benchmarks.attention", "--small", "--rounds", "1", "--plot", str(plot)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    for feature, kernels in found["numerics"].items():
-        assert kernels.keys() == {"reference", "chunked"}, feature
-        assert max(kernels["chunked"]) < 1e-5, feature
-    assert found["numerics"].keys() >= {"window", "packed", "softcap", "alibi", "sinks", "prefix", "all"}
+    numerics = {row["problem"]: row["differences"] for row in found["numerics"]}
+    for feature, kernels in numerics.items():
+        assert kernels.keys() - {"torch math"} == {"reference", "chunked"}, feature
+        assert all(max(differences) < 1e-5 for differences in kernels.values()), feature
+    assert numerics.keys() >= {"window", "packed", "softcap", "alibi", "sinks", "prefix", "all"}
+    assert ("torch math" in numerics["causal"]) == (importlib.util.find_spec("torch") is not None)
     (causal,) = found["speeds"]
-    assert causal["chunked"]["both"]["ms"] > 0
+    assert all(causal[name]["both"]["ms"] > 0 for name in numerics["causal"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_benchmark_of_attention_needs_little_but_jax():
