@@ -156,10 +156,11 @@ def _forward(options: Options, q_BTNH, k_BTKH, v_BTKV, visits: Visits, slopes_N,
         kernels.forward_scratch,
         options,
         forward_tiles,
-        {"q": q_BTNH, "k": k_BTKH, "v": v_BTKV},
-        visits.by_query_BI4,
+        [q_BTNH, k_BTKH, v_BTKV],
         visits,
-        [_scalars(N, slopes_N), _scalars(N, sinks_N)],
+        visits.by_query_BI4,
+        slopes_N,
+        [_of_heads(N, sinks_N)],
         outputs=[((B, T, N, v_BTKV.shape[3]), q_BTNH.dtype), ((B, N, T), jnp.dtype("float32"))],
         products=2,
     )
@@ -173,16 +174,14 @@ def _backward(options: Options, residuals, dout_BTNV):
 
     q_BTNH, k_BTKH, v_BTKV, visits, slopes_N, sinks_N, out_BTNV, lse_BNT = residuals
     delta_BNT = jnp.einsum("btnv,btnv->bnt", out_BTNV, dout_BTNV, preferred_element_type=jnp.float32)
-    inputs = {
-        "q": q_BTNH,
-        "k": k_BTKH,
-        "v": v_BTKV,
-        "dout": dout_BTNV,
-        "stats": jnp.stack([lse_BNT, delta_BNT], axis=2),
-    }
-    scalars = [_scalars(q_BTNH.shape[2], slopes_N)]
     call = functools.partial(
-        _call, options=options, tiles=backward_tiles, inputs=inputs, visits=visits, scalars=scalars
+        _call,
+        options=options,
+        tiles=backward_tiles,
+        rows=[q_BTNH, k_BTKH, v_BTKV],
+        visits=visits,
+        slopes_N=slopes_N,
+        more=[dout_BTNV, jnp.stack([lse_BNT, delta_BNT], axis=2)],
     )
     of_queries, of_keys, of_values = ((x.shape, x.dtype) for x in (q_BTNH, k_BTKH, v_BTKV))
     (dq_BTNH,) = call(
@@ -206,7 +205,7 @@ def _backward(options: Options, residuals, dout_BTNV):
 _attention.defvjp(_forward, _backward)
 
 
-def _scalars(num_heads: int, x_N: jax.Array | None) -> jax.Array:
+def _of_heads(num_heads: int, x_N: jax.Array | None) -> jax.Array:
     return jnp.zeros(num_heads, jnp.float32) if x_N is None else x_N.astype(jnp.float32)
 
 
@@ -215,39 +214,40 @@ def _call(
     scratch: Callable[..., list[Any]],
     options: Options,
     tiles: Callable[[int], Tiles],
-    inputs: dict[str, jax.Array],
-    ranges_BI4: Any,
+    rows: list[jax.Array],
     visits: Visits,
-    scalars: list[jax.Array],
+    ranges_BI4: Any,
+    slopes_N: jax.Array | None,
+    more: list[jax.Array],
     *,
     outputs: list[tuple[tuple[int, ...], Any]],
     products: int,
     by_key: bool = False,
 ) -> list[jax.Array]:
-    """Run ``kernel`` for every tile of every head of every row. ``products`` of a query and a key are made in it."""
+    """Run ``kernel`` for every tile of every head of every row, on queries, keys and values, ``rows``, and ``more``.
+
+    Outputs are shapes and dtypes; ``products`` of a query and a key, or of a weight and a value, are made of each pair.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from lmjax.ops.attention_flash_hopper_parts import COMPUTING, Sizes
 
-    (B, T, N, H), (K, V) = inputs["q"].shape, inputs["v"].shape[2:]
+    (B, T, N, H), (K, V) = rows[0].shape, rows[2].shape[2:]
     visited, stages, split = tiles(max(H, V))
     sizes = Sizes(
-        batch=B,
         length=T,
         heads=N,
         kv_heads=K,
         key_dim=H,
         value_dim=V,
-        dtype=inputs["q"].dtype,
+        dtype=rows[0].dtype,
         visited=visited,
         stages=stages,
         split=split,
     )
-    visible_B2T = jnp.broadcast_to(visits.visible_B2T, (B, *visits.visible_B2T.shape[1:]))
-    ranges_BI4 = jnp.broadcast_to(ranges_BI4, (B, *ranges_BI4.shape[1:]))
-    factors_B = jnp.broadcast_to(jnp.where(visits.is_exact_B, options.factor, jnp.nan), B).astype(jnp.float32)
-    *rows, stats = inputs.values() if "stats" in inputs else (*inputs.values(), None)
-    operands = [*rows, visible_B2T, *([] if stats is None else [stats]), ranges_BI4, factors_B, *scalars]
+    factors_B = jnp.where(visits.is_exact_B, options.factor, jnp.nan).astype(jnp.float32)
+    of_rows = (jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (visits.visible_B2T, ranges_BI4, factors_B))
+    operands = [*rows, *of_rows, _of_heads(N, slopes_N), *more]
     results = [jax.ShapeDtypeStruct(*each) for each in outputs]
     pairs = B * N * T**2  # as if all were visible
     return mosaic_gpu_kernel(

@@ -182,7 +182,7 @@ def dq_scratch(options: Options, sizes: Sizes) -> list[Any]:
 
 
 def dq_kernel(options: Options, sizes: Sizes, *refs) -> None:
-    q_ref, k_ref, v_ref, dout_ref, visible_ref, stats_ref, ranges_ref, factors_ref, slopes_ref, dq_ref = refs[:10]
+    q_ref, k_ref, v_ref, visible_ref, ranges_ref, factors_ref, slopes_ref, dout_ref, stats_ref, dq_ref = refs[:10]
     q_smem, dout_smem, k_smem, v_smem, visible_smem, stats_smem, own_ready, ready, consumed, all_done = refs[10:20]
     staging = refs[20:]
     own = Own.here(sizes)
@@ -257,7 +257,7 @@ def dkv_scratch(options: Options, sizes: Sizes) -> list[Any]:
 
 
 def dkv_kernel(options: Options, sizes: Sizes, *refs) -> None:
-    q_ref, k_ref, v_ref, dout_ref, visible_ref, stats_ref, ranges_ref, factors_ref, slopes_ref = refs[:9]
+    q_ref, k_ref, v_ref, visible_ref, ranges_ref, factors_ref, slopes_ref, dout_ref, stats_ref = refs[:9]
     dk_ref, dv_ref, k_smem, v_smem, q_smem, dout_smem, visible_smem, stats_smem, own_ready = refs[9:18]
     ready, consumed, all_done, *staging = refs[18:]
     own = Own.here(sizes)

@@ -32,7 +32,6 @@ Accumulator: Any = plgpu.WGMMAAccumulatorRef
 class Sizes:
     """The shapes of one kernel."""
 
-    batch: int
     length: int
     """A multiple of ``own`` and ``visited``."""
     heads: int
