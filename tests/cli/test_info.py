@@ -14,9 +14,8 @@ from lmjax.ops import attention_validation
 from lmjax.ops.attention_chunked import chunked_attention
 from lmjax.ops.attention_kernels import FEATURES, KERNELS
 
-pytestmark = pytest.mark.fast
 
-
+@pytest.mark.fast
 def test_json_has_versions_devices_and_every_kernel(capsys):
     info(as_json=True)
     found = json.loads(capsys.readouterr().out)
@@ -25,12 +24,14 @@ def test_json_has_versions_devices_and_every_kernel(capsys):
     assert [kernel["kernel"] for kernel in found["kernels"]] == list(KERNELS)
 
 
+@pytest.mark.fast
 def test_tables_show_the_same(capsys):
     info()
     shown = capsys.readouterr().out
     assert all(word in shown for word in (jax.__version__, "cpu", *KERNELS))
 
 
+@pytest.mark.fast
 def test_attention_shows_the_whole_table_and_nothing_else(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     info(attention=True)
@@ -81,6 +82,7 @@ def test_a_kernel_that_agrees_on_this_machine_is_recorded_and_one_that_differs_i
     assert f"flash_tpu: agrees; recorded in {found['recorded_in']}" in capsys.readouterr().out
 
 
+@pytest.mark.fast
 def test_where_none_of_our_kernels_runs_there_is_nothing_to_validate():
     with pytest.raises(InputError, match="none of our kernels runs on cpu; flash_tpu, flash_hopper run on gpu hopper"):
         info(validate_kernels=True)
