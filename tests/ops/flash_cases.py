@@ -72,7 +72,7 @@ def sweep(count: int, longest: int = 420) -> list[SweepCase]:
     for seed in range(count):
         rng = np.random.default_rng((7, seed))
         kind = str(rng.choice(("causal", "window", "bidirectional")))
-        length = int(rng.integers(2, longest))
+        length = max(4, int(rng.integers(2, longest)))  # three documents and padding
         mask = Mask(causal=kind != "bidirectional", window=int(rng.integers(1, length)) if kind == "window" else None)
         flags = rng.random(5) < 0.5
         head_dim = int(rng.choice(HEAD_DIMS))

@@ -16,9 +16,9 @@ from lmjax.ops.attention_reference import reference_attention
 from tests.ops.attention_case import PLAIN, Features, make_case, run_kernel, run_reference
 from tests.ops.flash_cases import SweepCase, relative_errors, sweep_in_tiers
 
-HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")
+HAS_INTERPRETER = jax.__version_info__ >= (0, 12)
 RACES: Any = plgpu.InterpretGPUParams(detect_races=True) if HAS_INTERPRETER else None  # pyright: ignore
-interpreted = pytest.mark.skipif(not HAS_INTERPRETER, reason="this JAX cannot interpret the kernels; 0.12 can")
+interpreted = pytest.mark.skipif(not HAS_INTERPRETER, reason="JAX before 0.12 cannot interpret the kernels")
 
 
 def run_interpreted(case, mask: Mask, **options):
