@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.train_gpu import compared
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -56,3 +58,29 @@ def test_the_benchmark_of_attention_needs_little_but_jax():
     )
     assert done.returncode == 0, done.stderr
     assert "flash_hopper" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_training_times_only_what_comes_to_the_same_losses(tmp_path):
+    pytest.importorskip("torch")
+    plot = tmp_path / "train.png"
+    command = [sys.executable, "-m", "benchmarks.train_gpu", "--small", "--plot", str(plot)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["length"], row["packed"]) for row in found["cases"]] == [(64, False), (64, True)]
+    for row in found["cases"]:
+        assert row["loss_difference"] < 1e-5
+        assert row["ratio"] > 0
+    plain, packed = found["cases"]
+    assert abs(packed["ours"]["losses"][0] / plain["ours"]["losses"][0] - 1) > 1e-4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("loss", "is_timed"), [(4.0 * (1 + 9e-6), True), (4.0 * (1 + 2e-5), False)])
+def test_losses_that_differ_leave_no_ratio(loss, is_timed):
+    told = {"model": "tiny", "length": 64, "packed": False, "losses": [5.0, 4.0], "tokens_per_second": 10}
+    assert ("ratio" in compared(told, told | {"losses": [5.0, loss]})) == is_timed
+    assert "ratio" not in compared(told, {"model": "tiny", "length": 64, "packed": False, "error": "memory"})
