@@ -5,8 +5,8 @@
 
 Parameters and moments are float32, compute is bfloat16. Both sides start from the same random parameters and get the
 same batches; for five updates their losses have to agree, and then each is timed. A side has the GPU to itself, in a
-process of its own, for all cases of a model. The peer is torch.compile'd, under autocast, with fused AdamW and what is
-fastest there for attention: flash-attn if it is installed, else flex_attention for packed rows, and torch's
+process of its own, for all cases of a model. The peer is torch.compile'd, under autocast, with fused AdamW, and for
+attention flash-attn if it is installed, else flex_attention for packed rows, and torch's
 scaled_dot_product_attention for others. MFU counts products as ``lmjax.models.counts`` does: nothing for what is
 computed again, half of the pairs under a causal mask, documents in a row not taken into account.
 
