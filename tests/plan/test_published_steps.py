@@ -11,9 +11,9 @@ from lmjax.plan.compile import CompiledStep
 pytestmark = pytest.mark.proof
 
 
-def compiled(name: str, *, share: float = 1.001, attention_kernel: str = "auto") -> CompiledStep:
+def compiled(name: str, *, share: float = 1.005, attention_kernel: str = "auto") -> CompiledStep:
     """Of which a chip holds the batch and its even part of the parameters and two moments in float32, ``share`` of it
-    at most."""
+    at most: norms are whole on every chip, 0.2% of Llama-3-8B's part on 64, and 0.4% of Gemma-2-9B's."""
     case = CASES[name]
     if case.platform == "tpu":
         pytest.importorskip("libtpu")
