@@ -48,7 +48,8 @@ AGREED, TIMED = 5, 10
 """Updates whose losses are compared, and those that are timed."""
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 """Of the losses, relatively."""
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.1, clip_norm=1.0)
+CLIP_NORM = 1.0
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.1, clip_norm=CLIP_NORM)
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "flash-attn")
 
 
@@ -98,7 +99,8 @@ class Case(NamedTuple):
         for _ in range(AGREED):
             tokens = rng.integers(0, size.model.vocab_size, (rows, self.length + 1)).astype(np.int32)
             weights = np.ones((rows, self.length), np.float32)
-            yield DeviceBatch(tokens[:, :-1], tokens[:, 1:], places // document + 1, places % document, weights)
+            fields: Any = tokens[:, :-1], tokens[:, 1:], places // document + 1, places % document, weights
+            yield DeviceBatch(*fields)
 
 
 def random_parameters(model: DecoderConfig) -> Any:
@@ -158,19 +160,20 @@ def theirs(size: Size, case: Case, params: Any, dtype: str, *, small: bool) -> S
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model, device = size.model, "cuda" if torch.cuda.is_available() else "cpu"
-    config = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.embed_dim,
-        intermediate_size=model.mlp_dim,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.kv_heads,
-        max_position_embeddings=model.max_length,
-        rms_norm_eps=model.norm_epsilon,
-        rope_theta=model.rope_theta,
-        tie_word_embeddings=False,
-        attn_implementation=torch_attention(case, small=small),
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.embed_dim,
+        "intermediate_size": model.mlp_dim,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.kv_heads,
+        "max_position_embeddings": model.max_length,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": False,
+        "attn_implementation": torch_attention(case, small=small),
+    }
+    config = LlamaConfig(**settings)
     with torch.device(device):
         llama = LlamaForCausalLM(config)
     llama.load_state_dict({name: torch.from_numpy(x) for name, x in of_transformers(params, model)}, strict=True)
@@ -203,7 +206,7 @@ def theirs(size: Size, case: Case, params: Any, dtype: str, *, small: bool) -> S
         with torch.autocast(device, dtype=getattr(torch, dtype), enabled=dtype != "float32"):
             loss = forward(*fields[number % AGREED])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), OPTIMIZER.clip_norm, foreach=True)
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), CLIP_NORM, foreach=True)
         adamw.step()
         return loss.detach()
 
