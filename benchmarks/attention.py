@@ -19,7 +19,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -28,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +41,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.attention_peers import Passes, as_numpy, of_jax, peers
+from benchmarks.versions import versions
 from lmjax.compat import temporary_bytes
 from lmjax.hardware import hardware_here
 from lmjax.ops.attention_flash_tpu import flash_attention_tpu
@@ -373,16 +372,7 @@ def main() -> None:
         result = measure(small=arguments.small, rounds=arguments.rounds)
         if arguments.plot:
             draw(result["speeds"], result["device"], arguments.plot)
-    versions = {"python": platform.python_version(), **dict(_versions())}
-    print(json.dumps({"name": "attention", **result, "versions": versions}))
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
+    print(json.dumps({"name": "attention", **result, "versions": versions(*PACKAGES)}))
 
 
 if __name__ == "__main__":

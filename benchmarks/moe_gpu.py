@@ -15,11 +15,9 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "")  # whatever there is; benchmarks.moe would take the CPU
@@ -32,6 +30,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.moe import MOE, Sizes, layers, on_mesh, value_and_gradients
+from benchmarks.versions import versions
 from lmjax.hardware import hardware_here
 from lmjax.mesh import BATCH_AXES, single_device_mesh
 from lmjax.nn.execution import LayerExecution
@@ -224,17 +223,9 @@ def main() -> None:
         "forms": measure(sizes, dtype, arguments.rounds),
         "run": {**sizes._asdict(), "experts": MOE.num_experts, "choices": MOE.experts_per_token, "dtype": dtype},
         "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "versions": versions(*PACKAGES),
     }
     print(json.dumps(result))
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
 
 
 if __name__ == "__main__":

@@ -17,12 +17,10 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.versions import versions
 from lmjax.hardware import hardware_here, peak_flops
 from lmjax.mesh import single_device_mesh
 from lmjax.models.config import DecoderConfig
@@ -355,17 +354,9 @@ def main() -> None:
         "tokens": {size: SIZES[size].tokens for size in {row["model"] for row in rows}},
         "kernel": arguments.kernel,
         "device": _torch_device(),
-        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "versions": versions(*PACKAGES),
     }
     print(json.dumps(result))
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
 
 
 if __name__ == "__main__":

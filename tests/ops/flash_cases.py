@@ -8,7 +8,7 @@ import pytest
 
 from lmjax.ops.attention_kernels import wanted_features
 from lmjax.ops.attention_mask import Mask
-from tests.ops.attention_case import Case, Features, make_case
+from tests.ops.attention_case import PLAIN, Case, Features, make_case, run_kernel, run_reference
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 GROUPS = (1, 2, 3)
@@ -113,3 +113,24 @@ def relative_errors(found, expected) -> list[float]:
     """By the largest value; by 1 where that is smaller, as gradients are that vanish but for rounding."""
     both = zip(found, expected, strict=True)
     return [float(jnp.abs(x - y).max() / jnp.maximum(jnp.abs(y).max(), 1)) for x, y in both]
+
+
+FEATURES_ALONE = ("window", "segments", "prefix", "alibi", "sinks", "softcap")
+
+
+def check_that_a_feature_has_an_effect(kernel, rng, feature: str, **options) -> None:
+    """With it the kernel is the reference with it, and not the one without: what comparisons may be blind to."""
+    case = make_case(rng, batch=1, length=140, num_heads=2, num_kv_heads=1, head_dim=16)
+    mask = Mask(window=30) if feature == "window" else Mask()
+    features = {
+        "prefix": Features(prefix=True),
+        "alibi": Features(alibi=True),
+        "sinks": Features(sinks=True),
+        "softcap": Features(softcap=0.5),
+    }.get(feature, PLAIN)
+    segmented = feature in ("segments", "prefix")
+    found = run_kernel(kernel, case, mask, segmented=segmented, features=features, **options)
+    same = run_reference(case, mask, segmented=segmented, features=features)
+    other = run_reference(case, Mask(), segmented=feature == "prefix")
+    assert max(relative_errors(found, same)) < 1e-5
+    assert relative_errors(found[:1], other[:1])[0] > 1e-2

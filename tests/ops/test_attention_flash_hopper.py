@@ -14,7 +14,13 @@ from lmjax.ops.attention_flash_hopper import flash_attention_hopper
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_reference import reference_attention
 from tests.ops.attention_case import PLAIN, Features, make_case, run_kernel, run_reference
-from tests.ops.flash_cases import SweepCase, relative_errors, sweep_in_tiers
+from tests.ops.flash_cases import (
+    FEATURES_ALONE,
+    SweepCase,
+    check_that_a_feature_has_an_effect,
+    relative_errors,
+    sweep_in_tiers,
+)
 
 HAS_INTERPRETER = jax.__version_info__ >= (0, 12)
 RACES: Any = plgpu.InterpretGPUParams(detect_races=True) if HAS_INTERPRETER else None  # pyright: ignore
@@ -64,23 +70,9 @@ def test_a_race_is_noticed():
 
 
 @interpreted
-@pytest.mark.parametrize("feature", ["window", "segments", "prefix", "alibi", "sinks", "softcap"])
+@pytest.mark.parametrize("feature", FEATURES_ALONE)
 def test_each_feature_has_an_effect(rng, feature):
-    """What the comparison above is blind to without it."""
-    case = make_case(rng, batch=1, length=140, num_heads=2, num_kv_heads=1, head_dim=16)
-    with_it = {"window": Mask(window=30)}.get(feature, Mask())
-    features = {
-        "prefix": Features(prefix=True),
-        "alibi": Features(alibi=True),
-        "sinks": Features(sinks=True),
-        "softcap": Features(softcap=0.5),
-    }.get(feature, PLAIN)
-    segmented = feature in ("segments", "prefix")
-    found = run_interpreted(case, with_it, segmented=segmented, features=features)
-    same = run_reference(case, with_it, segmented=segmented, features=features)
-    other = run_reference(case, Mask(), segmented=feature == "prefix")
-    assert max(relative_errors(found, same)) < 1e-5
-    assert relative_errors(found[:1], other[:1])[0] > 1e-2
+    check_that_a_feature_has_an_effect(flash_attention_hopper, rng, feature, interpret=RACES)
 
 
 @interpreted

@@ -15,7 +15,15 @@ from lmjax.ops.attention_flash_tpu import flash_attention_tpu
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_reference import reference_attention
 from tests.ops.attention_case import PLAIN, Features, make_case, run_kernel, run_reference
-from tests.ops.flash_cases import TILE, SweepCase, relative_errors, sweep, sweep_in_tiers
+from tests.ops.flash_cases import (
+    FEATURES_ALONE,
+    TILE,
+    SweepCase,
+    check_that_a_feature_has_an_effect,
+    relative_errors,
+    sweep,
+    sweep_in_tiers,
+)
 from tests.ops.sharded import assert_trees_close
 
 RACES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
@@ -84,25 +92,9 @@ def test_the_sweep_has_every_pair_of_features_and_every_head_dim():
     assert len({str(case) for case in cases}) == 200
 
 
-@pytest.mark.parametrize("feature", ["window", "segments", "prefix", "alibi", "sinks", "softcap"])
+@pytest.mark.parametrize("feature", FEATURES_ALONE)
 def test_each_feature_has_an_effect(rng, feature):
-    """What the comparison above is blind to without it."""
-    case = make_case(rng, batch=1, length=140, num_heads=2, num_kv_heads=1, head_dim=16)
-    with_it = {"window": Mask(window=30)}.get(feature, Mask())
-    features = {
-        "prefix": Features(prefix=True),
-        "alibi": Features(alibi=True),
-        "sinks": Features(sinks=True),
-        "softcap": Features(softcap=0.5),
-    }.get(feature, PLAIN)
-    segmented = feature in ("segments", "prefix")
-    found = run_kernel(
-        flash_attention_tpu, case, with_it, segmented=segmented, features=features, tile=TILE, interpret=True
-    )
-    same = run_reference(case, with_it, segmented=segmented, features=features)
-    other = run_reference(case, Mask(), segmented=feature == "prefix")
-    assert max(relative_errors(found, same)) < 1e-5
-    assert relative_errors(found[:1], other[:1])[0] > 1e-2
+    check_that_a_feature_has_an_effect(flash_attention_tpu, rng, feature, tile=TILE, interpret=True)
 
 
 def test_bfloat16_is_as_near_to_the_truth_as_the_reference(rng):
