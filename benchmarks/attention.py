@@ -12,7 +12,8 @@ backward. All kernels take turns, round after round.
 
 Of a compile: device memory besides inputs and results, and with ``--bundles`` the instruction words that the compiler
 schedules to visit 512 x 512 pairs of one head, masked or not, in each pass: an estimate of time, without waiting for
-memory. Splash's pass over a tile of 1024 x 1024 is divided by four. The last line is one JSON object.
+memory. What one visit has of pairs, of a tile and all heads that it takes together, is told beside them. The last line
+is one JSON object.
 """
 
 import argparse
@@ -41,13 +42,15 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.attention_peers import Passes, as_numpy, of_jax, peers
+from benchmarks.tpu_bundles import dumped_files, dumping_environment, innermost, read_regions
 from benchmarks.versions import versions
 from lmjax.compat import temporary_bytes
-from lmjax.hardware import hardware_here
+from lmjax.hardware import hardware, hardware_here
 from lmjax.ops.attention_flash_tpu import flash_attention_tpu
+from lmjax.ops.attention_flash_tpu_tiles import tiling_of
 from lmjax.ops.attention_kernels import KERNELS, Wanted, wanted_features
 from lmjax.ops.attention_mask import Mask
-from lmjax.ops.attention_splash import splash_attention
+from lmjax.ops.attention_splash import BLOCK_SIZES, splash_attention
 from lmjax.ops.attention_tiles import visible_keys
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -149,7 +152,7 @@ def able_kernels(problem: Problem, dtype: str) -> list[str]:
 def attend_of(problem: Problem, kernel: str, heads: int) -> Callable[..., jax.Array]:
     """The kernel as a function of (q, k, v)."""
     entry = KERNELS[kernel]
-    options: dict[str, Any] = dict(entry.options.get(jax.default_backend(), {})) | problem.extras(heads)
+    options: dict[str, Any] = entry.options_on(hardware_here()) | problem.extras(heads)
     if problem.softcap is not None:
         options["softcap"] = problem.softcap
     segment_ids = problem.segment_ids()
@@ -279,8 +282,16 @@ def draw(speeds: list[dict[str, Any]], device: str, file: Path) -> None:
 
 def compile_one(topology: str, kernel: str, length: int) -> dict[str, Any]:
     """Forward and backward of one packed causal row, for the first device of ``topology``."""
-    attend = {"flash_tpu": flash_attention_tpu, "splash": splash_attention}[kernel]
-    sharding = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    generation = hardware(device).generation
+    attend, visit = {
+        "flash_tpu": (
+            functools.partial(flash_attention_tpu, generation=generation),
+            COMPILED_HEADS // COMPILED_KV_HEADS * tiling_of(generation, 128).tile ** 2,
+        ),
+        "splash": (splash_attention, BLOCK_SIZES[0] ** 2),
+    }[kernel]
+    sharding = SingleDeviceSharding(device)
 
     def shape(*sizes, dtype="bfloat16"):
         return jax.ShapeDtypeStruct((1, length, *sizes), dtype, sharding=sharding)
@@ -296,51 +307,33 @@ def compile_one(topology: str, kernel: str, length: int) -> dict[str, Any]:
         "topology": topology,
         "kernel": kernel,
         "length": length,
+        "visit": visit,
         "temp_mib": round(temporary_bytes(program) / 2**20, 1),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
+SMALL_VISIT = 1000
+"""Bundles of a region that does less than to visit a tile."""
 PASS_NAMES = {"forward": r"flash_forward|splash_mha_fwd", "dq": r"flash_dq|splash_mha_dq", "dkv": r"_dkv"}
 
 
 def with_bundles(topology: str, kernel: str, length: int) -> dict[str, Any]:
     """``compile_one`` in a process of its own, whose compiler writes down what it scheduled."""
     with tempfile.TemporaryDirectory() as directory:
-        environment = os.environ | {
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true",
-            "JAX_PLATFORMS": "cpu",
-        }
         command = [sys.executable, "-m", "benchmarks.attention", "--compile-one", topology, kernel, str(length)]
+        environment = dumping_environment(directory)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         found["bundles"] = {}
-        for file in Path(directory).glob("*-final_bundles.txt"):
-            if "schedule-analysis" not in file.name:
-                for name, pattern in PASS_NAMES.items():
-                    if re.search(pattern, file.name):
-                        found["bundles"][name] = [round(region / 4) for region in visits(file)]
+        for file in dumped_files(directory):
+            for name, pattern in PASS_NAMES.items():
+                if re.search(pattern, file.name):
+                    with file.open(errors="replace") as lines:
+                        visits = innermost(read_regions(lines, SMALL_VISIT))
+                    pairs = found["visit"] / 512**2
+                    found["bundles"][name] = sorted(round(len(region) / pairs) for region in visits)
     return found
-
-
-def visits(file: Path) -> list[int]:
-    """Bundles of the largest regions without others of size inside: the visits of a tile, masked and not."""
-    bundle, begun, regions = 0, {}, []
-    for line in file.open(errors="replace"):
-        if address := re.match(r"\s*(0x[0-9a-f]+)\s", line):
-            bundle = int(address.group(1), 16)
-        for kind, number in re.findall(r"(Start|End) region (\d+)", line):
-            if kind == "Start":
-                begun[number] = bundle
-            elif number in begun:
-                regions.append((begun.pop(number), bundle))
-    large = [(first, last) for first, last in regions if last - first >= 1000]
-    inner = {
-        (first, last)
-        for first, last in large
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in large)
-    }
-    return sorted(last - first + 1 for first, last in inner)
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def _validate(as_json: bool) -> None:
         )
     found: list[dict[str, Any]] = []
     for name, kernel in able.items():
-        attend = functools.partial(kernel.attend, **kernel.options.get(here.platform, {}))
+        attend = functools.partial(kernel.attend, **kernel.options_on(here))
         outcomes = [outcome(attend, check) for check in checks(kernel.dtypes)]
         agrees = all(each.agrees for each in outcomes)
         rows = [

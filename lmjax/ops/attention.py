@@ -76,7 +76,7 @@ def attention(
         dtype=str(q_BTNH.dtype),
     )
     entry = KERNELS[choose_kernel(kernel, wanted).name]
-    options = dict(entry.options.get(hardware.platform, {}))
+    options = entry.options_on(hardware)
     if softcap is not None:
         options["softcap"] = softcap
     attend = functools.partial(entry.attend, mask=mask, scale=scale, save_as=save_as, **options)
@@ -121,7 +121,7 @@ def attention_visits(
     if entry.visits is None or (segment_ids is None and prefix is None):
         return None
     dims = max(wanted.head_dim, wanted.value_dim)
-    make = functools.partial(entry.visits, mask=mask, dims=dims, **entry.options.get(wanted.hardware.platform, {}))
+    make = functools.partial(entry.visits, mask=mask, dims=dims, **entry.options_on(wanted.hardware))
     row_spec = P(BATCH_AXES, None)
     in_specs = tuple(None if x is None else row_spec for x in (segment_ids, prefix))
     return jax.shard_map(make, in_specs=in_specs, out_specs=P(BATCH_AXES), check_vma=False)(segment_ids, prefix)

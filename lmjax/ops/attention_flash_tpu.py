@@ -29,6 +29,7 @@ from lmjax.ops.attention_flash_tpu_kernels import (
     dq_kernel,
     forward_kernel,
 )
+from lmjax.ops.attention_flash_tpu_tiles import Tiling, tiling_of
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_tiles import (
     VisibleKeys,
@@ -42,8 +43,6 @@ from lmjax.ops.attention_tiles import (
 LANES = 128
 """Positions that one vector register of a TPU holds; tiles are multiples of it."""
 
-TILE = 512
-"""Positions of a tile, at most."""
 
 MAX_STEPS = 120_000
 """Steps of a schedule that scalar memory (1 MiB on every generation) holds, at most."""
@@ -80,17 +79,20 @@ def flash_attention_tpu(
     scale: float,
     softcap: float | None = None,
     save_as: str | None = None,
-    tile: int = TILE,
+    generation: str = "v5p",
+    tiling: Tiling | None = None,
     interpret: Any = False,
 ) -> Float[Array, "batch T heads value_dim"]:
     """What ``reference_attention`` gives. Of the forward pass the result and a logarithm for each query are kept.
 
     Rows whose segment ids come back after others, and those whose prefix is not the beginning of its segment, give NaN.
-    ``visits`` are those of ``flash_visits`` for the same rows, mask and tile, where they were made before. A tile has
-    ``tile`` positions at most, a multiple of LANES. ``interpret`` runs the kernels' programs on any platform, slowly:
-    true, or parameters of Pallas's TPU interpreter.
+    ``visits`` are those of ``flash_visits`` for the same rows, mask and tiles, where they were made before. Tiles are
+    ``tiling``, or what suits the TPUs of ``generation``. ``interpret`` runs the kernels' programs on any platform,
+    slowly: true, or parameters of Pallas's TPU interpreter.
     """
-    B, T = q_BTNH.shape[:2]
+    B, T, _, H = q_BTNH.shape
+    has_prefix = prefix_BT is not None
+    tiling = tiling or tiling_of(generation, max(H, v_BTKV.shape[3]))
     options = TPUOptions(
         mask=mask,
         scale=scale,
@@ -98,12 +100,13 @@ def flash_attention_tpu(
         has_slopes=slopes_N is not None,
         has_sinks=sinks_N is not None,
         save_as=save_as,
-        tile=tile_length(T, tile, LANES),
+        tile=_tile(mask, T, tiling, has_prefix=has_prefix),
+        part=tiling.part,
         interpret=interpret,
     )
     if visits is None and not (segment_ids_BT is None and prefix_BT is None):
-        visits = flash_visits(segment_ids_BT, prefix_BT, mask=mask, tile=tile)
-    num_parts = B // _rows_of_a_call(mask, B, T, options.tile, has_prefix=prefix_BT is not None)
+        visits = flash_visits(segment_ids_BT, prefix_BT, mask=mask, dims=H, tiling=tiling)
+    num_parts = B // _rows_of_a_call(mask, B, T, options.tile, has_prefix=has_prefix)
     parts = [x.reshape(num_parts, -1, *x.shape[1:]) for x in (q_BTNH, k_BTKH, v_BTKV)]
 
     def of_part(part):
@@ -120,23 +123,32 @@ def flash_visits(
     prefix_BT: Bool[Array, "batch T"] | None,
     *,
     mask: Mask,
-    dims: int | None = None,
-    tile: int = TILE,
+    dims: int,
+    generation: str = "v5p",
+    tiling: Tiling | None = None,
     interpret: Any = False,
 ) -> Visits:
     """What rows with segments or prefixes make the kernels visit: the same in every layer with this mask.
 
-    The arguments by name are those of the attention that it is for.
+    The arguments by name are those of the attention that it is for, whose longest keys or values are of ``dims``.
     """
-    del dims, interpret
+    del interpret
     given: Any = segment_ids_BT if prefix_BT is None else prefix_BT
     B, T = given.shape
-    tile = tile_length(T, tile, LANES)
     has_prefix = prefix_BT is not None
+    tile = _tile(mask, T, tiling or tiling_of(generation, dims), has_prefix=has_prefix)
     rows = _rows_of_a_call(mask, B, T, tile, has_prefix=has_prefix)
     visible = visible_keys(mask, T, segment_ids_BT, prefix_BT)
     of_parts = jax.tree.map(lambda x: x.reshape(B // rows, rows, *x.shape[1:]), visible)
     return jax.vmap(lambda part: _visits(part, mask, tile, has_prefix=has_prefix))(of_parts)
+
+
+def _tile(mask: Mask, length: int, tiling: Tiling, *, has_prefix: bool) -> int:
+    """Positions of a tile: more than the tiling says where scalar memory would not hold the steps of one row."""
+    tile = tile_length(length, tiling.tile, LANES)
+    while max(most_steps(mask, length, tile, tile, has_prefix=has_prefix)) > MAX_STEPS:
+        tile = tile_length(length, 2 * tile, LANES)
+    return tile
 
 
 def _rows_of_a_call(mask: Mask, batch: int, length: int, tile: int, *, has_prefix: bool) -> int:

@@ -15,9 +15,6 @@ from jax.experimental import pallas as pl
 from lmjax.ops.attention_flash import HIDDEN, LOG2_E, NOTHING, Options
 from lmjax.ops.attention_tiles import FIRST, FLAG_BITS, LAST, MASKED, Schedule
 
-PART = 256
-"""Keys whose scores the forward pass makes at once: the fewer, the less of them leaves the registers."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TPUOptions(Options):
@@ -25,6 +22,8 @@ class TPUOptions(Options):
 
     tile: int
     """Positions of a tile."""
+    part: int
+    """Keys whose scores the forward pass makes at once: the fewer, the less of them leaves the registers."""
 
 
 class Work(NamedTuple):
@@ -124,7 +123,7 @@ def _visit(steps: Steps, visit: Callable[[bool], None], *, begin, finish, part: 
     pl.when(((flags & LAST) != 0) & (part == parts - 1))(finish)
 
 
-def forward_kernel(options: Options, work: Work, *refs):
+def forward_kernel(options: TPUOptions, work: Work, *refs):
     steps = Steps(None, *refs[:2])
     sinks_ref, factors_ref, slopes_ref, first_ref, end_ref, q_ref, k_ref, v_ref, out_ref, lse_ref = refs[2:12]
     max_ref, sum_ref, acc_ref = refs[12:]
@@ -143,7 +142,7 @@ def forward_kernel(options: Options, work: Work, *refs):
                 sum_ref[each] = jnp.zeros(sum_ref.shape[1:], jnp.float32)
 
     # A product of one part is made while the softmax of another is.
-    part_keys = math.gcd(work.tile, PART)
+    part_keys = math.gcd(work.tile, options.part)
     parts = [(each, start) for each in range(work.step_heads) for start in range(0, work.tile, part_keys)]
 
     def visit(masked):

@@ -12,6 +12,7 @@ from lmjax.ops.attention_chunked import chunked_attention
 from lmjax.ops.attention_cudnn import cudnn_attention
 from lmjax.ops.attention_flash_hopper import flash_attention_hopper, hopper_visits
 from lmjax.ops.attention_flash_tpu import flash_attention_tpu, flash_visits
+from lmjax.ops.attention_flash_tpu_tiles import TILINGS
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_reference import reference_attention
 from lmjax.ops.attention_splash import LANES, splash_attention
@@ -22,8 +23,6 @@ REFERENCE_LENGTH = 1024
 
 FEATURES = frozenset({"causal", "bidirectional", "window", "segments", "prefix", "softcap", "alibi", "sinks"})
 DTYPES = frozenset({"float32", "bfloat16", "float16"})
-
-TPUS = frozenset({"tpu v4", "tpu v5e", "tpu v5p", "tpu v6e", "tpu 7x"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class Kernel:
     visits: Callable[..., Any] | None = None
     """What it finds out of segment ids and prefixes, given its mask; ``attend`` takes the result as ``visits``."""
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Further keyword arguments of ``attend`` and ``visits`` on a platform."""
+    """Further keyword arguments of ``attend`` and ``visits`` on a platform or a generation."""
     dtypes: frozenset[str] = DTYPES
     head_dims: range | None = None
     """None: any; these are the dimensions of keys and of values."""
@@ -85,6 +84,10 @@ class Kernel:
         if wanted.length % self.length_multiple:
             return f"takes rows of a multiple of {self.length_multiple} positions, not {wanted.length}"
         return None
+
+    def options_on(self, hardware: Hardware) -> dict[str, Any]:
+        """Those of its platform and of its generation."""
+        return {**self.options.get(hardware.platform, {}), **self.options.get(str(hardware), {})}
 
     @property
     def head_dims_text(self) -> str:
@@ -120,9 +123,10 @@ KERNELS: dict[str, Kernel] = {
         visits=flash_visits,
         summary="our kernel for TPU, which visits the tiles that mask, window and documents leave",
         features=FEATURES,
-        hardware=TPUS,
+        hardware=frozenset(f"tpu {generation}" for generation in TILINGS),
         dtypes=frozenset({"float32", "bfloat16"}),
         head_dims=range(8, 257, 8),
+        options={f"tpu {generation}": {"generation": generation} for generation in TILINGS},
         validation="interpreted against the reference, compiled for each generation; run on none",
     ),
     "flash_hopper": Kernel(
@@ -194,10 +198,7 @@ def choose_kernel(kernel: str, wanted: Wanted) -> Choice:
     able = [name for name, objection in objections.items() if objection is None]
     if kernel == "auto":
         plain = ("reference", "chunked") if wanted.length <= REFERENCE_LENGTH else ("chunked", "reference")
-        of_platform = {"tpu": ("splash", "flash_tpu"), "gpu": ("cudnn", "flash_hopper")}.get(
-            wanted.hardware.platform, ()
-        )
-        order = (*of_platform, *plain)
+        order = (*PREFERRED.get(wanted.hardware.platform, ()), *plain)
         name = next(
             name
             for name in order

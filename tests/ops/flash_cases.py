@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.ops.attention_flash_tpu_tiles import Tiling
 from lmjax.ops.attention_kernels import wanted_features
 from lmjax.ops.attention_mask import Mask
 from tests.ops.attention_case import PLAIN, Case, Features, make_case, run_kernel, run_reference
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 GROUPS = (1, 2, 3)
-TILE = 128
+TILING = Tiling(tile=128, part=64)
+"""Small, so that short rows have several tiles, and tiles several parts."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lmjax.ops.attention import attention
 from lmjax.ops.attention_kernels import KERNELS
 from lmjax.ops.attention_mask import Mask
 from tests.ops.attention_case import PLAIN, Case, Features, forward_and_backward, make_case, run_reference
+from tests.ops.flash_cases import TILING
 from tests.ops.sharded import BATCH, assert_trees_close, run_on
 
 MASK = Mask(window=5)
@@ -117,7 +118,7 @@ def test_hardware_is_that_of_the_devices_unless_given(one_device, rng):
 
 def test_the_tpu_kernel_has_each_devices_rows_heads_and_extras(mesh_2x2x2, rng, monkeypatch):
     interpreted = dataclasses.replace(
-        KERNELS["flash_tpu"], hardware=frozenset({"cpu"}), options={"cpu": {"interpret": True, "tile": 128}}
+        KERNELS["flash_tpu"], hardware=frozenset({"cpu"}), options={"cpu": {"interpret": True, "tiling": TILING}}
     )
     monkeypatch.setitem(KERNELS, "flash_tpu", interpreted)
     features = Features(alibi=True, sinks=True)

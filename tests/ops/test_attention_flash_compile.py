@@ -42,7 +42,9 @@ def compiled(
 
     def run(q, k, v, segment_ids, dout, given):
         def attend(q, k, v):
-            return flash_attention_tpu(q, k, v, segment_ids, **given, mask=mask, scale=0.1, save_as="kept", **options)
+            return flash_attention_tpu(
+                q, k, v, segment_ids, **given, mask=mask, scale=0.1, save_as="kept", generation=chip, **options
+            )
 
         if policy is not None:
             kept = jax.checkpoint_policies.save_only_these_names(policy)
@@ -99,6 +101,14 @@ def test_every_head_dim_compiles(head_dim, value_dim, heads, dtype):
     assert kernels(compiled("v5p", 2048, **shapes, extras=("prefix_BT",))) == ["dkv", "dq", "forward"]
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "bfloat16"), (256, "bfloat16"), (256, "float32")])
+def test_each_generations_tiles_fit_its_memory(chip, head_dim, dtype):
+    program = compiled(chip, 8192, head_dim=head_dim, dtype=dtype, extras=("slopes_N",), softcap=30.0)
+    assert kernels(program) == ["dkv", "dq", "forward"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "forwards"), [("kept", 1), ("something else", 2)])
 def test_saved_by_name_the_forward_kernel_does_not_run_again(name, forwards):
@@ -107,12 +117,12 @@ def test_saved_by_name_the_forward_kernel_does_not_run_again(name, forwards):
 
 @pytest.mark.proof
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("length", [4096, 32_768, 131_072])
-def test_long_rows_need_memory_in_proportion(chip, length):
-    program = compiled(chip, length)
+@pytest.mark.parametrize(("length", "head_dim"), [(4096, 128), (32_768, 128), (131_072, 128), (131_072, 256)])
+def test_long_rows_need_memory_in_proportion(chip, length, head_dim):
+    program = compiled(chip, length, head_dim=head_dim)
     arrays = re.findall(r"\w\[([\d,]+)\]", program.as_text())
     assert not [sizes for sizes in arrays if sum(int(size) >= length for size in sizes.split(",")) >= 2]
-    rows_in_bytes = 2 * length * 128 * (8 + 2 + 2 + 8)
+    rows_in_bytes = 2 * length * head_dim * (8 + 2 + 2 + 8)
     assert temporary_bytes(program) < 3 * rows_in_bytes
 
 

@@ -11,13 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lmjax.ops import attention_flash_tpu
-from lmjax.ops.attention_flash_tpu import flash_attention_tpu
+from lmjax.ops.attention_flash_tpu import flash_attention_tpu, flash_visits
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_reference import reference_attention
 from tests.ops.attention_case import PLAIN, Features, make_case, run_kernel, run_reference
 from tests.ops.flash_cases import (
     FEATURES_ALONE,
-    TILE,
+    TILING,
     SweepCase,
     check_that_a_feature_has_an_effect,
     relative_errors,
@@ -39,7 +39,7 @@ def test_values_and_gradients_are_the_references_without_a_race(drawn: SweepCase
         drawn.mask,
         segmented=drawn.segmented,
         features=drawn.features,
-        tile=TILE,
+        tiling=TILING,
         interpret=RACES,
     )
     jax.block_until_ready(found)
@@ -88,13 +88,13 @@ def test_the_sweep_has_every_pair_of_features_and_every_head_dim():
     assert together == {frozenset(pair) for pair in itertools.combinations(names, 2)} - {frozenset(x) for x in never}
     assert {case.head_dim for case in cases} == {64, 80, 96, 128, 192, 256}
     assert any(case.value_dim != case.head_dim for case in cases)
-    assert any(case.length % TILE for case in cases)
+    assert any(case.length % TILING.tile for case in cases)
     assert len({str(case) for case in cases}) == 200
 
 
 @pytest.mark.parametrize("feature", FEATURES_ALONE)
 def test_each_feature_has_an_effect(rng, feature):
-    check_that_a_feature_has_an_effect(flash_attention_tpu, rng, feature, tile=TILE, interpret=True)
+    check_that_a_feature_has_an_effect(flash_attention_tpu, rng, feature, tiling=TILING, interpret=True)
 
 
 def test_bfloat16_is_as_near_to_the_truth_as_the_reference(rng):
@@ -103,7 +103,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_the_reference(rng):
     truth = run_reference(rounded, Mask())
     low = rounded._replace(**{name: jnp.bfloat16(getattr(rounded, name)) for name in ("q", "k", "v", "dout")})
     errors = []
-    for kernel, options in ((reference_attention, {}), (flash_attention_tpu, {"tile": TILE, "interpret": True})):
+    for kernel, options in ((reference_attention, {}), (flash_attention_tpu, {"tiling": TILING, "interpret": True})):
         found = run_kernel(kernel, low, Mask(), **options)
         assert {x.dtype for x in found} == {jnp.dtype("bfloat16")}
         errors.append([float(jnp.sqrt(jnp.square(x - y).mean())) for x, y in zip(found, truth, strict=True)])
@@ -127,10 +127,10 @@ def test_nothing_passes_between_packed_documents(rng):
         **{name: np.where(document[None, :, None, None], getattr(case, name), 1e3) for name in ("k", "v")}
     )
     for mask in (Mask(), Mask(causal=False)):
-        found = run_kernel(flash_attention_tpu, case._replace(dout=dout), mask, tile=TILE, interpret=True)
+        found = run_kernel(flash_attention_tpu, case._replace(dout=dout), mask, tiling=TILING, interpret=True)
         for gradient in found[1:]:
             assert (np.abs(gradient[0]).max((1, 2)) > 0).tolist() == document.tolist()
-        disturbed = run_kernel(flash_attention_tpu, noisy, mask, tile=TILE, interpret=True)
+        disturbed = run_kernel(flash_attention_tpu, noisy, mask, tiling=TILING, interpret=True)
         np.testing.assert_array_equal(disturbed[0][0, document], found[0][0, document])
 
 
@@ -145,7 +145,7 @@ def test_a_window_ends_where_it_should(rng):
             case._replace(dout=dout),
             Mask(window=129),
             segmented=False,
-            tile=TILE,
+            tiling=TILING,
             interpret=True,
         )
         touched = np.flatnonzero(np.abs(dv[0]).max((1, 2)) > 0)
@@ -163,7 +163,7 @@ def test_rows_of_padding_give_zeros_and_no_nan(rng):
             case._replace(segment_ids=segment_ids),
             Mask(),
             features=features,
-            tile=TILE,
+            tiling=TILING,
             interpret=True,
         )
         for x in (out, *gradients[:3]):
@@ -176,7 +176,7 @@ def test_the_softcap_comes_before_the_mask(rng):
     """A hidden key stays hidden: capped after the mask it would weigh exp(-softcap)."""
     case = make_case(rng, batch=1, length=200, num_heads=1, num_kv_heads=1, head_dim=8)
     large = case._replace(v=np.where(np.arange(200)[None, :, None, None] > 100, 1e6, case.v).astype(np.float32))
-    options = {"segmented": False, "features": Features(softcap=0.1), "tile": TILE, "interpret": True}
+    options = {"segmented": False, "features": Features(softcap=0.1), "tiling": TILING, "interpret": True}
     found, same = (run_kernel(flash_attention_tpu, each, Mask(), **options)[0] for each in (large, case))
     np.testing.assert_array_equal(found[:, :101], same[:, :101])
 
@@ -191,7 +191,7 @@ def test_what_the_kernel_cannot_express_gives_nan_in_that_row_alone(rng, wrong):
         prefix[1, 50:90] = True
     changed = case._replace(segment_ids=segment_ids, prefix=prefix)
     features = Features(prefix=wrong == "prefix")
-    for x in run_kernel(flash_attention_tpu, changed, Mask(), features=features, tile=TILE, interpret=True):
+    for x in run_kernel(flash_attention_tpu, changed, Mask(), features=features, tiling=TILING, interpret=True):
         assert np.isfinite(x[0]).all()
         assert np.isnan(x[1]).any()
 
@@ -210,10 +210,20 @@ def test_of_the_forward_pass_the_result_and_one_number_a_query_are_kept(rng):
 def test_rows_whose_steps_do_not_fit_together_are_taken_one_by_one(rng, monkeypatch):
     case = make_case(rng, batch=3, length=200, num_heads=2, num_kv_heads=1, head_dim=8)
     features = Features(sinks=True, prefix=True)
-    options = {"features": features, "tile": TILE, "interpret": True}
+    options = {"features": features, "tiling": TILING, "interpret": True}
     together = run_kernel(flash_attention_tpu, case, Mask(), **options)
     monkeypatch.setattr(attention_flash_tpu, "MAX_STEPS", 11)  # of 12
     one_by_one = run_kernel(flash_attention_tpu, case, Mask(), **options)
     assert_trees_close(one_by_one, together, 1e-6)
     program = jax.make_jaxpr(lambda: run_kernel(flash_attention_tpu, case, Mask(), **options))()
     assert "scan" in str(program)
+
+
+def test_a_row_whose_steps_do_not_fit_has_larger_tiles(rng, monkeypatch):
+    case = make_case(rng, batch=2, length=300, num_heads=2, num_kv_heads=1, head_dim=8)
+    options = {"tiling": TILING, "interpret": True}
+    assert flash_visits(case.segment_ids, None, mask=Mask(), dims=8, **options).by_query.tiles_W.shape == (1, 2 * 6)
+    monkeypatch.setattr(attention_flash_tpu, "MAX_STEPS", 5)
+    assert flash_visits(case.segment_ids, None, mask=Mask(), dims=8, **options).by_query.tiles_W.shape == (2, 3)
+    found = run_kernel(flash_attention_tpu, case, Mask(), **options)
+    assert_trees_close(found, run_reference(case, Mask()), 3e-6)

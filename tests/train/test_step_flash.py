@@ -14,14 +14,15 @@ from lmjax.ops.attention_flash_tpu import flash_visits
 from lmjax.ops.attention_kernels import KERNELS
 from lmjax.train.step import DeviceBatch, loss_sums
 from tests import tiny
+from tests.ops.flash_cases import TILING
 
-LENGTH = 128
+LENGTH = TILING.tile
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
     """The TPU kernel, to be had on CPU."""
-    options = {"cpu": {"interpret": True, "tile": LENGTH}}
+    options = {"cpu": {"interpret": True, "tiling": TILING}}
     kernel = dataclasses.replace(KERNELS["flash_tpu"], hardware=frozenset({"cpu"}), options=options)
     monkeypatch.setitem(KERNELS, "flash_tpu", kernel)
 
