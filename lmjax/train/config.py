@@ -5,7 +5,8 @@ from typing import Literal
 from lmjax.models.remat import RematConfig
 from lmjax.schema import UserPath, config_class
 
-AttentionKernel = Literal["auto", "reference", "chunked", "splash"]
+AttentionKernel = Literal["auto", "reference", "chunked", "splash", "flash_tpu", "flash_hopper", "cudnn"]
+"""``auto``, and the names of ``lmjax.ops.attention_kernels.KERNELS``."""
 ExpertExchange = Literal["auto", "gather", "ragged"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import get_args
 
 import pytest
 
@@ -9,6 +10,7 @@ from lmjax.errors import InputError
 from lmjax.hardware import DEVICES, PLATFORMS, Hardware
 from lmjax.ops.attention_kernels import FEATURES, KERNELS, Wanted, choose_kernel, wanted_features
 from lmjax.ops.attention_mask import Mask
+from lmjax.train.config import AttentionKernel
 
 pytestmark = pytest.mark.fast
 
@@ -162,3 +164,7 @@ def test_the_table_names_hardware_that_there_is():
     for kernel in KERNELS.values():
         assert kernel.hardware <= known
         assert kernel.features <= FEATURES
+
+
+def test_a_config_may_name_every_kernel():
+    assert set(get_args(AttentionKernel)) == {"auto", *KERNELS}
