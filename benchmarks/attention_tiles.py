@@ -1,14 +1,14 @@
 """What tiles suit the TPU kernel of attention, by generation and head dim: compiled on a CPU, and counted.
 
-    python -m benchmarks.attention_tiles                            # all, half an hour on two cores (libtpu)
+    python -m benchmarks.attention_tiles                            # all, an hour on two cores (libtpu)
     python -m benchmarks.attention_tiles --chips v5p --head-dims 128
 
 An estimate, and no measurement: the instruction words (bundles) that the compiler schedules for a step of the grid, by
 the steps of two rows of 8192 tokens, one causal document and eight of 1024. It knows nothing of waiting for memory or
 for a unit that is busy. Each line is a JSON object: the bundles and the vector memory of each pass, and the thousands
-of bundles of either row, forward and backward, for eight query heads on two kv heads. What the compiler refuses has its
-reason instead. The last line has the best of each generation and head dim, by the product of the two rows:
-what ``lmjax.ops.attention_flash_tpu_tiles`` has.
+of bundles of either row, forward and backward, for eight query heads on two kv heads. What the compiler refuses, or
+does not finish, has its reason instead. The last line has the best of each generation and head dim, by the product of
+the two rows: what ``lmjax.ops.attention_flash_tpu_tiles`` has.
 """
 
 import argparse
@@ -45,6 +45,8 @@ LENGTH = 8192
 HEADS, KV_HEADS = 8, 2
 DOCUMENTS = {"causal": 1, "documents": 8}
 """Of equal length in each of the rows that are counted."""
+COMPILE_SECONDS = 600
+"""What compiles longer is as good as refused."""
 SMALL_REGION = 50
 """Bundles of a region of a program, below which it does nothing of interest."""
 
@@ -116,7 +118,13 @@ def compiled(case: tuple[str, int, int, int], names: tuple[str, ...]) -> dict[st
     with tempfile.TemporaryDirectory() as directory:
         arguments = [*map(str, case), ",".join(names), directory]
         command = [sys.executable, "-m", "benchmarks.attention_tiles", "--one", *arguments]
-        done = subprocess.run(command, env=dumping_environment(directory), capture_output=True, text=True, check=False)
+        environment = dumping_environment(directory)
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"not compiled within {COMPILE_SECONDS} s"}
         if done.returncode:
             reasons = [line for line in done.stderr.splitlines() if "Error" in line or "vmem" in line]
             return {"error": (reasons or done.stderr.splitlines())[-1][:300]}

@@ -20,7 +20,7 @@ TILINGS = {
     "v5e": {64: Tiling(512, 128), 128: Tiling(512, 128), 256: Tiling(256, 256)},
     "v5p": {64: Tiling(512, 128), 128: Tiling(512, 128), 256: Tiling(512, 128)},
     "v6e": {64: Tiling(512, 512), 128: Tiling(512, 256), 256: Tiling(512, 256)},
-    "7x": {64: Tiling(512, 512), 128: Tiling(512, 512), 256: Tiling(512, 256)},
+    "7x": {64: Tiling(512, 512), 128: Tiling(512, 512), 256: Tiling(512, 512)},
 }
 """By generation and head_dim, each for those up to it."""
 
