@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # here, and in a process for each program that is dumped
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -323,7 +324,9 @@ def with_bundles(topology: str, kernel: str, length: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "benchmarks.attention", "--compile-one", topology, kernel, str(length)]
         environment = dumping_environment(directory)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{topology} {kernel} {length}: {done.stderr[-2000:]}")
         found = json.loads(done.stdout.splitlines()[-1])
         found["bundles"] = {}
         for file in dumped_files(directory):

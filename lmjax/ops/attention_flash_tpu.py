@@ -50,8 +50,9 @@ MAX_STEPS = 120_000
 HEADS = 4
 """Query heads of one step, at most."""
 
-HEADS_BYTES = 4 * 128 * 4
-"""Of one position's queries in a step, at most: more does not fit the 16 MiB of vector memory that kernels get."""
+HEADS_BYTES = 512
+"""Of one position's query, where a step has several heads: larger ones do not fit the 16 MiB of vector memory that
+kernels get."""
 
 
 class Visits(NamedTuple):
@@ -177,7 +178,7 @@ def _work(options: TPUOptions, q_BTNH, v_BTKV, visits: Visits | None) -> Work:
         visible = visible_keys(options.mask, T)
         visible = VisibleKeys(*(np.broadcast_to(x, (B, *x.shape[1:])) for x in visible))
         visits = _visits(visible, options.mask, options.tile, has_prefix=False)
-    most_heads = min(HEADS, HEADS_BYTES // (max(H, V) * q_BTNH.dtype.itemsize))
+    most_heads = HEADS if max(H, V) * q_BTNH.dtype.itemsize <= HEADS_BYTES else 1
     return Work(
         batch=B,
         length=T,
