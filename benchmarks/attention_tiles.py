@@ -35,7 +35,7 @@ from lmjax.ops.attention_flash_tpu import flash_attention_tpu
 from lmjax.ops.attention_flash_tpu_tiles import Tiling
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_tiles import FIRST, MASKED, most_steps, schedule, tile_ranges, visible_keys
-from lmjax.plan.compile import topology_devices
+from lmjax.plan.topology import topology_devices
 
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 HEAD_DIMS = (64, 128, 256)

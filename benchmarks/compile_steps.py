@@ -32,8 +32,9 @@ from lmjax.models.config import DecoderConfig
 from lmjax.models.decoder import Execution
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
-from lmjax.plan.compile import GPUS, CompiledStep, compile_step, topology_mesh
+from lmjax.plan.compile import CompiledStep, compile_step, topology_mesh
 from lmjax.plan.hlo import ArrayShape, array_shapes, arrays_above
+from lmjax.plan.topology import parse_topology
 from lmjax.train.feed import abstract_batch
 from lmjax.train.state import make_blueprint
 
@@ -90,7 +91,7 @@ class Case:
 
     @property
     def platform(self) -> str:
-        return "gpu" if self.topology.partition(":")[0] in GPUS else "tpu"
+        return parse_topology(self.topology).hardware.platform
 
     @property
     def model(self) -> DecoderConfig:

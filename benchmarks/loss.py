@@ -31,8 +31,8 @@ from jax.sharding import PartitionSpec as P
 from lmjax.compat import temporary_bytes
 from lmjax.mesh import BATCH_AXES, FSDP_AXES, single_device_mesh
 from lmjax.ops.cross_entropy import LossOptions, linear_cross_entropy, naive_cross_entropy
-from lmjax.plan.compile import topology_devices
 from lmjax.plan.hlo import instructions
+from lmjax.plan.topology import topology_devices
 
 MEASURED = {"tokens": 2048, "vocabulary": 32768, "width": 512}
 COMPILED = {"tokens": 16384, "vocabulary": 131072, "width": 4096}

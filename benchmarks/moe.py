@@ -34,7 +34,7 @@ from lmjax.mesh import BATCH_AXES, single_device_mesh
 from lmjax.nn.execution import LayerExecution
 from lmjax.nn.mlp import MLP
 from lmjax.nn.moe import MoE, MoEConfig
-from lmjax.plan.compile import topology_devices
+from lmjax.plan.topology import topology_devices
 from lmjax.sharding import parameter_spec
 
 MOE = MoEConfig(num_experts=8, experts_per_token=2)

@@ -6,7 +6,7 @@ from jax.sharding import SingleDeviceSharding
 
 from lmjax.ops.attention_cudnn import cudnn_attention
 from lmjax.ops.attention_mask import Mask
-from lmjax.plan.compile import topology_devices
+from lmjax.plan.topology import topology_devices
 from tests.ops.attention_case import make_case, run_kernel, run_reference
 from tests.ops.sharded import assert_trees_close
 

@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from lmjax.compat import temporary_bytes
 from lmjax.ops.attention_flash_hopper import flash_attention_hopper
 from lmjax.ops.attention_mask import Mask
-from lmjax.plan.compile import topology_devices
+from lmjax.plan.topology import topology_devices
 
 pytestmark = pytest.mark.proof
 

@@ -1,12 +1,10 @@
 """Train steps compiled for TPU chips that are not here: they fit, they shard, and nothing quadratic exists in them."""
 
 import dataclasses
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from lmjax.compat import temporary_bytes
@@ -17,8 +15,9 @@ from lmjax.models.decoder import DecoderConfig, Execution
 from lmjax.nn.attention_latent import LatentConfig
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
-from lmjax.plan.compile import CompiledStep, compile_step, topology_devices, topology_mesh
+from lmjax.plan.compile import CompiledStep, compile_step, topology_mesh
 from lmjax.plan.hlo import arrays_above
+from lmjax.plan.topology import topology_devices
 from lmjax.train.feed import abstract_batch
 from lmjax.train.state import make_blueprint
 
@@ -79,32 +78,6 @@ def test_a_step_that_does_not_fit_is_refused_with_the_sizes():
         compiled(MeshConfig(data=4, fsdp=1), "v5e:2x2", config=config)
 
 
-@pytest.mark.fast
-def test_a_topology_has_its_devices():
-    assert len(topology_devices("v5p:4x4x4")) == 64
-    mesh = topology_mesh(MeshConfig(fsdp=-1, tensor=4), "v5p:4x4x4")
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 16, "expert": 1, "tensor": 4}
-    assert {device.platform for device in mesh.devices.flat} == {"tpu"}
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("name", ["v5p:banana", "v9:2x2", "v5p:3x3x3", "v5p", ""])
-def test_an_unknown_topology_is_refused_with_examples(name: str):
-    with pytest.raises(InputError, match="v5p:4x4x4") as caught:
-        topology_devices(name)
-    assert repr(name) in str(caught.value)
-
-
-@pytest.mark.fast
-def test_names_of_gpus_are_refused_with_an_example():
-    for name in ("h200:", "h200:0", "h200:2x2x8", "h200:many"):
-        with pytest.raises(InputError, match=r"a name is h200:GPUS or h200:MACHINESxGPUS, as h200:8"):
-            topology_devices(name)
-    if importlib.util.find_spec("jax_plugins") is None:
-        with pytest.raises(InputError, match=r"pip install 'lmjax\[cuda13\]'"):
-            topology_devices("h200:8")
-
-
 @pytest.mark.slow
 def test_latent_attention_compiles_with_the_kernel_for_tpu():
     """Queries and keys of 192 dimensions, values of 128; nothing has the keys of all pairs of positions."""
@@ -125,18 +98,6 @@ def test_a_mesh_that_does_not_fit_the_topology_is_refused():
         topology_mesh(MeshConfig(fsdp=3), "v5p:2x2x2")
     with pytest.raises(InputError, match="cannot be laid out"):
         topology_mesh(MeshConfig(fsdp=64, tensor=4), "v6e:16x16")
-
-
-@pytest.mark.fast
-def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
-    def missing(**_):
-        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
-
-    monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    topology_devices.cache_clear()
-    with pytest.raises(InputError, match=r"lmjax\[tpu\]"):
-        topology_devices("v5p:2x2x2")
-    topology_devices.cache_clear()
 
 
 def test_temporaries_are_what_is_needed_besides_arguments_and_results():
