@@ -100,13 +100,14 @@ def test_a_mesh_that_does_not_fit_the_topology_is_refused():
         topology_mesh(MeshConfig(fsdp=64, tensor=4), "v6e:16x16")
 
 
-def test_temporaries_are_what_is_needed_besides_arguments_and_results():
+@pytest.mark.parametrize(("platform", "topology"), [("tpu", "v5p:2x2x1"), ("cpu", "cpu:1")])
+def test_temporaries_are_what_is_needed_besides_arguments_and_results(platform, topology):
     """In units of an argument: none to add to it, in its own place or another, and one to sort it."""
     n = 4096
-    square = jax.ShapeDtypeStruct((n, n), "float32", sharding=SingleDeviceSharding(topology_devices("v5p:2x2x1")[0]))
+    square = jax.ShapeDtypeStruct((n, n), "float32", sharding=SingleDeviceSharding(topology_devices(topology)[0]))
 
     def temporaries(function, **options) -> float:
-        lowered = jax.jit(function, **options).trace(square).lower(lowering_platforms=("tpu",))
+        lowered = jax.jit(function, **options).trace(square).lower(lowering_platforms=(platform,))
         return temporary_bytes(lowered.compile()) / (4 * n**2)
 
     assert temporaries(lambda x: x + 1) < 0.1
