@@ -42,6 +42,9 @@ class ArrayShape(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
 
 def instructions(text: str) -> Iterator[Instruction]:
     """Every instruction of a program's text."""
@@ -57,7 +60,7 @@ def array_shapes(text: str) -> set[ArrayShape]:
     """The types of all arrays in a program, those inside fusions too, which never reach memory."""
     found = set()
     for instruction in instructions(text):
-        found |= {ArrayShape(dtype, dims) for dtype, dims in _arrays(instruction.type)}
+        found |= set(array_list(instruction.type))
     return found
 
 
@@ -114,8 +117,8 @@ def _is_alone(arguments: str) -> bool:
 def num_bytes(type_: str) -> int:
     """The bytes of an array or of all arrays of a tuple, without padding."""
     total = 0.0
-    for dtype, dims in _arrays(type_):
-        total += math.prod(dims) * _bits(dtype) / 8
+    for array in array_list(type_):
+        total += math.prod(array.shape) * _bits(array.dtype) / 8
     return round(total)
 
 
@@ -125,7 +128,9 @@ def _bits(dtype: str) -> int:
     return int(width[0]) if width else 8 if dtype == "pred" else 0
 
 
-def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+def array_list(type_: str) -> list[ArrayShape]:
+    """The array that a type is, or those of a tuple in their order, without nesting."""
     # Layouts stand in braces, and what is in them looks like an array in places: {1,0:T(8,128)S(1)}.
     plain = re.sub(r"\{[^}]*\}", "", type_)
-    return [(dtype, tuple(int(dim) for dim in dims.split(",") if dim)) for dtype, dims in _ARRAY.findall(plain)]
+    found = _ARRAY.findall(plain)
+    return [ArrayShape(dtype, tuple(int(dim) for dim in dims.split(",") if dim)) for dtype, dims in found]
