@@ -177,7 +177,7 @@ def parse_topology(name: str) -> Topology:
     topology = Topology(name, generation, slices, sizes)
     machine = topology.machine
     if machine is None:
-        if slices > 1 or len(sizes) > 1 or sizes[0] > CPU_DEVICES:
+        if slices > 1 or len(sizes) > 1 or topology.num_devices > CPU_DEVICES:
             raise InputError(f"topology {name!r}: a name is cpu:DEVICES, up to cpu:{CPU_DEVICES}, such as cpu:8")
     elif tuple(sorted(sizes)) not in machine.shapes:
         raise InputError(f"topology {name!r}: {generation} does not come in {found[3]}. {_shapes_near(topology)}")
