@@ -19,7 +19,6 @@ is one JSON object.
 import argparse
 import functools
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -31,19 +30,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")  # here, and in a process for each program that is dumped
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.attention_peers import Passes, as_numpy, of_jax, peers
-from benchmarks.tpu_bundles import dumped_files, dumping_environment, innermost, read_regions
+from benchmarks.tpu_bundles import CHIPS, dumped_files, dumping_environment, innermost, read_regions
 from benchmarks.versions import versions
 from lmjax.compat import temporary_bytes
 from lmjax.hardware import hardware, hardware_here
@@ -53,8 +46,8 @@ from lmjax.ops.attention_kernels import KERNELS, Wanted, wanted_features
 from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_splash import BLOCK_SIZES, splash_attention
 from lmjax.ops.attention_tiles import visible_keys
+from lmjax.plan.topology import topology_devices
 
-TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 HEADS, KV_HEADS = 32, 8
 COMPILED_HEADS, COMPILED_KV_HEADS = 8, 2
 PACKAGES = ("jax", "jaxlib", "libtpu", "torch", "flash-attn", "tokamax")
@@ -283,7 +276,7 @@ def draw(speeds: list[dict[str, Any]], device: str, file: Path) -> None:
 
 def compile_one(topology: str, kernel: str, length: int) -> dict[str, Any]:
     """Forward and backward of one packed causal row, for the first device of ``topology``."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    device = topology_devices(topology)[0]
     generation = hardware(device).generation
     attend, visit = {
         "flash_tpu": (
@@ -355,7 +348,7 @@ def main() -> None:
     if arguments.compile_only:
         jax.config.update("jax_platforms", "cpu")
         rows = []
-        for topology in TOPOLOGIES:
+        for topology in CHIPS.values():
             for kernel in ("flash_tpu", "splash"):
                 for length in (4096, 32_768, 131_072):
                     compile_ = with_bundles if arguments.bundles and length == 4096 else compile_one

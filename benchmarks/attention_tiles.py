@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.tpu_bundles import dumped_files, dumping_environment, innermost, read_regions
+from benchmarks.tpu_bundles import CHIPS, dumped_files, dumping_environment, innermost, read_regions
 from benchmarks.versions import versions
 from lmjax.ops.attention_flash_tpu import flash_attention_tpu
 from lmjax.ops.attention_flash_tpu_tiles import Tiling
@@ -37,7 +37,6 @@ from lmjax.ops.attention_mask import Mask
 from lmjax.ops.attention_tiles import FIRST, MASKED, most_steps, schedule, tile_ranges, visible_keys
 from lmjax.plan.topology import topology_devices
 
-CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 HEAD_DIMS = (64, 128, 256)
 TILES = (256, 512, 1024)
 PARTS = (128, 256, 512)

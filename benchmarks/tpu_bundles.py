@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+"""The smallest slice of each generation, to compile for one of its chips."""
+
 
 def dumping_environment(directory: str) -> dict[str, str]:
     """Of a process whose TPU compiler writes the final bundles of every program into ``directory``."""

@@ -7,12 +7,11 @@ import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.tpu_bundles import CHIPS
 from lmjax.compat import temporary_bytes
 from lmjax.ops.attention_flash_tpu import flash_attention_tpu
 from lmjax.ops.attention_mask import Mask
 from lmjax.plan.topology import topology_devices
-
-CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
 
 def compiled(
