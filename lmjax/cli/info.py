@@ -70,14 +70,14 @@ def _validate(as_json: bool) -> None:
         rows = [
             {
                 "check": each.check.name,
-                "head_dim": each.check.head_dim,
+                "head_dim": " to ".join(map(str, dict.fromkeys(each.check.dims))),
                 "dtype": each.check.dtype,
                 "errors_by_the_references": [round(ratio, 3) for ratio in each.ratios],
                 "agrees": each.agrees,
             }
             for each in outcomes
         ]
-        file = str(record(name, here)) if agrees else None
+        file = str(record(name, here, [each.check for each in outcomes])) if agrees else None
         found.append({"kernel": name, "hardware": str(here), "agrees": agrees, "recorded_in": file, "checks": rows})
     if as_json:
         print_json({"validated": found})

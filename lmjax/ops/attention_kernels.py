@@ -199,18 +199,12 @@ def choose_kernel(kernel: str, wanted: Wanted) -> Choice:
     if kernel == "auto":
         plain = ("reference", "chunked") if wanted.length <= REFERENCE_LENGTH else ("chunked", "reference")
         order = (*PREFERRED.get(wanted.hardware.platform, ()), *plain)
-        name = next(
-            name
-            for name in order
-            if name in able and (KERNELS[name].is_validated or is_recorded(name, wanted.hardware))
-        )
+        name = next(name for name in order if name in able and _is_validated(name, wanted))
         entry = KERNELS[name]
         why = [f"{entry.summary}, for {wanted.length} positions on {wanted.hardware}"]
         why += [] if entry.validation is None else [entry.validation]
-        why += [
-            f"{other} {objections[other] or 'was not validated on this hardware (lmjax info --validate-kernels does)'}"
-            for other in order[: order.index(name)]
-        ]
+        unproved = "was not validated on this hardware for such heads (lmjax info --validate-kernels)"
+        why += [f"{other} {objections[other] or unproved}" for other in order[: order.index(name)]]
         return Choice(name, "; ".join(why))
     if kernel not in KERNELS:
         raise InputError(f"attention kernel {kernel!r} is not known; choose one of {', '.join(['auto', *able])}")
@@ -219,3 +213,8 @@ def choose_kernel(kernel: str, wanted: Wanted) -> Choice:
             f"attention kernel {kernel!r} {objections[kernel]}; those that can do this are {', '.join(['auto', *able])}"
         )
     return Choice(kernel, "named in the configuration")
+
+
+def _is_validated(name: str, wanted: Wanted) -> bool:
+    heads = wanted.dtype, wanted.head_dim, wanted.value_dim
+    return KERNELS[name].is_validated or is_recorded(name, wanted.hardware, *heads)

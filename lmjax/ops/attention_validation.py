@@ -6,7 +6,7 @@ Legend: B batch, T positions, N query heads, K kv heads, H head_dim.
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from lmjax.ops.attention_reference import reference_attention
 
 ROWS, LENGTH, HEADS, KV_HEADS = 2, 1000, 4, 2
 
+DIMS = ((64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 128), (192, 192), (256, 256))
+"""Of keys and values: those of published models."""
+
 TOLERANCE = 1.5
 """How much larger than the reference's own error that of a kernel may be, as a root mean square.
 
@@ -32,7 +35,8 @@ class Check(NamedTuple):
     """One attention that a kernel is asked for."""
 
     name: str
-    head_dim: int
+    dims: tuple[int, int]
+    """Of keys and of values."""
     dtype: str
     mask: Mask = Mask()
     arguments: frozenset[str] = frozenset()
@@ -52,18 +56,18 @@ class Outcome(NamedTuple):
 
 
 def checks(dtypes: frozenset[str]) -> Iterator[Check]:
-    """Every feature alone, and all that go together with every kind of head."""
+    """Every feature alone, and all that go together with every kind of head that is recorded."""
     every = frozenset({"segments", "alibi", "sinks", "softcap"})
     for dtype in sorted(dtypes & {"bfloat16", "float16"}):
         check = functools.partial(Check, dtype=dtype)
-        yield check("causal", 128)
-        yield check("bidirectional", 128, mask=Mask(causal=False))
-        yield check("window", 128, mask=Mask(window=LENGTH // 3))
+        yield check("causal", (128, 128))
+        yield check("bidirectional", (128, 128), mask=Mask(causal=False))
+        yield check("window", (128, 128), mask=Mask(window=LENGTH // 3))
         for feature in sorted(every | {"prefix"}):
-            yield check(feature, 128, arguments=frozenset({feature}))
-        for head_dim in (64, 80, 128, 192, 256):
-            yield check("window and all", head_dim, mask=Mask(window=LENGTH // 3), arguments=every)
-            yield check("prefix and all", head_dim, arguments=every | {"prefix"})
+            yield check(feature, (128, 128), arguments=frozenset({feature}))
+        for dims in DIMS:
+            yield check("window and all", dims, mask=Mask(window=LENGTH // 3), arguments=every)
+            yield check("prefix and all", dims, arguments=every | {"prefix"})
 
 
 def outcome(attend: Callable[..., jax.Array], check: Check) -> Outcome:
@@ -73,13 +77,16 @@ def outcome(attend: Callable[..., jax.Array], check: Check) -> Outcome:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32), check.dtype)
 
-    queries, keys = (ROWS, LENGTH, HEADS, check.head_dim), (ROWS, LENGTH, KV_HEADS, check.head_dim)
-    q, k, v, dout = normal(*queries), normal(*keys), normal(*keys), normal(*queries)
+    key_dim, value_dim = check.dims
+    q, k, v, dout = (
+        normal(ROWS, LENGTH, *sizes)
+        for sizes in ((HEADS, key_dim), (KV_HEADS, key_dim), (KV_HEADS, value_dim), (HEADS, value_dim))
+    )
     extras, segment_ids = _arguments(check, rng)
 
     def gradients(attend, precision, dtype):
         def attended(q, k, v):
-            scale = check.head_dim**-0.5
+            scale = key_dim**-0.5
             return attend(q, k, v, segment_ids, **extras, mask=check.mask, scale=scale)
 
         @jax.jit
@@ -118,22 +125,29 @@ def _errors(found: list[np.ndarray], truth: list[np.ndarray]) -> list[float]:
     return [float(np.sqrt(np.square(x - y).mean())) for x, y in zip(found, truth, strict=True)]
 
 
-def record(name: str, hardware: Hardware) -> Path:
-    """Note that a kernel agreed on ``hardware``, for the versions that there are now; where that is noted."""
+def record(name: str, hardware: Hardware, agreed: Iterable[Check]) -> Path:
+    """Note that all checks of a kernel agreed on ``hardware``, for the versions that there are now; where it stands."""
     file = _record_file()
     found = _records()
-    found.setdefault(name, {})[str(hardware)] = _versions()
+    heads = sorted({_heads(check.dtype, *check.dims) for check in agreed})
+    found.setdefault(name, {})[str(hardware)] = {"versions": _versions(), "heads": heads}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1))
     return file
 
 
-def is_recorded(name: str, hardware: Hardware) -> bool:
-    """Whether a kernel agreed here on ``hardware``, with the code and the JAX that there are now.
+def is_recorded(name: str, hardware: Hardware, dtype: str, key_dim: int, value_dim: int) -> bool:
+    """Whether a kernel agreed here on ``hardware`` for such heads, with the code and the JAX that there are now.
 
     Never in a run of several processes, whose machines may have other records: all have to choose the same kernel.
     """
-    return coordination_client() is None and _records().get(name, {}).get(str(hardware)) == _versions()
+    found = _records().get(name, {}).get(str(hardware), {})
+    is_current = coordination_client() is None and found.get("versions") == _versions()
+    return is_current and _heads(dtype, key_dim, value_dim) in found["heads"]
+
+
+def _heads(dtype: str, key_dim: int, value_dim: int) -> str:
+    return f"{dtype} {key_dim}" + (f" to {value_dim}" if value_dim != key_dim else "")
 
 
 def _record_file() -> Path:

@@ -54,7 +54,7 @@ def of_ours_on_cpu(monkeypatch, tmp_path):
     """Puts a kernel in the place of ours for TPU, as one that runs here; its checks are few and small."""
     monkeypatch.setenv("LMJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(attention_validation, "LENGTH", 70)
-    few = [check for check in attention_validation.checks(frozenset({"bfloat16"})) if check.head_dim == 64]
+    few = [check for check in attention_validation.checks(frozenset({"bfloat16"})) if check.dims == (64, 64)]
     monkeypatch.setattr(attention_validation, "checks", lambda dtypes: few)
 
     def put(attend):
@@ -70,14 +70,14 @@ def test_a_kernel_that_agrees_on_this_machine_is_recorded_and_one_that_differs_i
         info(validate_kernels=True)
     assert stopped.value.exit_code == 1
     assert "flash_tpu: differs" in capsys.readouterr().out
-    assert not attention_validation.is_recorded("flash_tpu", CPU)
+    assert not attention_validation.is_recorded("flash_tpu", CPU, "bfloat16", 64, 64)
 
     of_ours_on_cpu(chunked_attention)
     info(validate_kernels=True, as_json=True)
     (found,) = json.loads(capsys.readouterr().out)["validated"]
     assert found["agrees"]
     assert {row["check"] for row in found["checks"]} == {"window and all", "prefix and all"}
-    assert attention_validation.is_recorded("flash_tpu", CPU)
+    assert attention_validation.is_recorded("flash_tpu", CPU, "bfloat16", 64, 64)
     info(validate_kernels=True)
     assert f"flash_tpu: agrees; recorded in {found['recorded_in']}" in capsys.readouterr().out
 

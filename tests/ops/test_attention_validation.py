@@ -1,5 +1,6 @@
 """What validates a kernel on a machine, and the machine's record of it."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -22,7 +23,8 @@ def _small_and_apart(monkeypatch, tmp_path):
 
 
 def check_of(name: str, head_dim: int = 128) -> Check:
-    (found,) = (check for check in checks(frozenset({"bfloat16"})) if check.name == name and check.head_dim == head_dim)
+    dims = head_dim, head_dim
+    (found,) = (check for check in checks(frozenset({"bfloat16"})) if check.name == name and check.dims == dims)
     return found
 
 
@@ -32,7 +34,8 @@ def test_every_feature_is_checked_alone_and_with_every_head_dim_and_dtype():
     assert {check.dtype for check in found} == {"bfloat16", "float16"}
     for dtype in ("bfloat16", "float16"):
         of_dtype = [check for check in found if check.dtype == dtype]
-        assert {check.head_dim for check in of_dtype} == {64, 80, 128, 192, 256}
+        assert {check.dims[0] for check in of_dtype} == {64, 80, 96, 112, 128, 192, 256}
+        assert (192, 128) in {check.dims for check in of_dtype}
         alone = {check.arguments for check in of_dtype if len(check.arguments) == 1}
         assert alone == {frozenset({name}) for name in ("segments", "prefix", "alibi", "sinks", "softcap")}
         assert {check.mask.causal for check in of_dtype} == {True, False}
@@ -76,12 +79,20 @@ def test_auto_takes_a_kernel_that_is_recorded_for_this_hardware_code_and_jax_in_
     choose = functools.partial(choose_kernel, "auto", wanted)
     assert choose().name == "chunked"
     assert "lmjax info --validate-kernels" in choose().why
-    file = record("flash_hopper", CPU)
+    agreed = [check_of("causal"), check_of("prefix and all", 80)]
+    file = record("flash_hopper", CPU, agreed)
     assert choose().name == "chunked"
-    record("flash_hopper", HOPPER)
+    record("flash_hopper", HOPPER, agreed)
     assert choose().name == "flash_hopper"
-    assert is_recorded("flash_hopper", CPU)
-    assert not is_recorded("flash_tpu", HOPPER)
+    for changes, name in (
+        ({"head_dim": 80, "value_dim": 80}, "flash_hopper"),
+        ({"head_dim": 96, "value_dim": 96}, "chunked"),
+        ({"head_dim": 128, "value_dim": 80}, "chunked"),
+        ({"dtype": "float16"}, "chunked"),
+    ):
+        assert choose_kernel("auto", dataclasses.replace(wanted, **changes)).name == name, changes
+    assert is_recorded("flash_hopper", CPU, "bfloat16", 128, 128)
+    assert not is_recorded("flash_tpu", HOPPER, "bfloat16", 128, 128)
     with monkeypatch.context() as several:
         several.setattr(attention_validation, "coordination_client", object)
         assert choose().name == "chunked"
