@@ -124,6 +124,8 @@ def _loss_forward(static: _Static, x_BTD, table_VD, bias_V, targets_BT, weights_
     nll_BT, lse_BT, dx_BTD, dtable_VD, dbias_V = _token_losses_and_gradients(
         static, x_BTD, table_VD, bias_V, targets_BT, weights_BT
     )
+    # Until it is summed over devices the table's gradient is whole on each: layers go backward after that.
+    dx_BTD, dtable_VD = jax.lax.optimization_barrier((dx_BTD, dtable_VD))
     dbias_V = None if dbias_V is None or bias_V is None else dbias_V.astype(bias_V.dtype)
     gradients = (dx_BTD, dtable_VD.astype(table_VD.dtype), dbias_V)
     return _sums(static.options, nll_BT, lse_BT, weights_BT), gradients

@@ -229,8 +229,9 @@ def topology_devices(name: str) -> tuple[Any, ...]:
 
 
 def _forced_devices(topology: Topology) -> tuple[Any, ...]:
-    with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
-        jax.config.update("jax_num_cpu_devices", topology.num_devices)
+    if jax.config.values["jax_num_cpu_devices"] < topology.num_devices:
+        with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
+            jax.config.update("jax_num_cpu_devices", topology.num_devices)
     devices = jax.devices("cpu")
     if len(devices) < topology.num_devices:
         raise InputError(
