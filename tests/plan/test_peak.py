@@ -35,9 +35,7 @@ def test_what_lives_at_the_peak_is_named_with_its_size(platform, topology, tmp_p
     assert needed is not None
     total = needed.argument_size_in_bytes + needed.output_size_in_bytes + temporary_bytes(compiled)
     listed = sum(array.bytes for array in arrays)
-    assert (
-        0.8 * total < listed < 1.001 * total
-    )  # between arrays there are gaps, in a program as small as this large ones
+    assert 0.8 * total < listed < 1.001 * total  # there are gaps between arrays, large ones in a small program
     assert f"f32[{n},{n}]" in {array.type for array in large}
     scopes = " ".join(array.scope for array in large)
     assert "x" in scopes.split()
