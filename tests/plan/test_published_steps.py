@@ -28,7 +28,8 @@ def compiled(name: str, *, share: float = 1.005, attention_kernel: str = "auto")
 
 
 def test_llama3_8b_fits_64_chips_with_less_than_maxtexts_7_gib_of_temporaries_and_nothing_quadratic():
-    assert compiled("llama3_8b").temp_bytes < 7 * GIB
+    # With the gradient of a table of 128k words whole on each chip, while layers go backward, it would be 5.4.
+    assert compiled("llama3_8b").temp_bytes < 5 * GIB
 
 
 def kernels(step: CompiledStep) -> set[str]:
