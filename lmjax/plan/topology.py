@@ -78,9 +78,9 @@ def _gpu(device_kind: str, memory_gib: float, bandwidth_gb: float, link_gb: floa
 
 
 MACHINES = {
-    # Memory: what libtpu says that it has for a program. The rest: Google Cloud's pages on the generations (HBM and
-    # bidirectional ICI bandwidth a chip, of which one direction is half; DCN bandwidth a chip), and for v4 arXiv
-    # 2304.01433, table 4 (six links of 50 GB/s).
+    # Memory: what libtpu says that it has for a program, the least of its versions in use. The rest: Google Cloud's
+    # pages on the generations (HBM and bidirectional ICI bandwidth a chip, of which one direction is half; DCN
+    # bandwidth a chip), and for v4 arXiv 2304.01433, table 4 (six links of 50 GB/s).
     "v4": Machine(
         device_kind="TPU v4",
         memory=int(30.75 * GIB),
@@ -99,7 +99,7 @@ MACHINES = {
     ),
     "v5p": Machine(
         device_kind="TPU v5p",
-        memory=int(95.74 * GIB),
+        memory=int(95.73 * GIB),
         memory_bandwidth=2765 * GB,
         link_bandwidth=600 * GB,
         network_bandwidth=6.25 * GB,
@@ -107,7 +107,7 @@ MACHINES = {
     ),
     "v6e": Machine(
         device_kind="TPU v6 lite",
-        memory=int(31.25 * GIB),
+        memory=int(31.24 * GIB),
         memory_bandwidth=1638 * GB,
         link_bandwidth=400 * GB,
         network_bandwidth=12.5 * GB,
@@ -115,7 +115,7 @@ MACHINES = {
     ),
     "tpu7x": Machine(
         device_kind="TPU7x",
-        memory=int(94.75 * GIB),
+        memory=int(94.74 * GIB),
         memory_bandwidth=7380 * GB / 2,
         link_bandwidth=600 * GB / 2,
         network_bandwidth=12.5 * GB / 2,

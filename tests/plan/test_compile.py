@@ -102,7 +102,7 @@ def test_a_mesh_that_does_not_fit_the_topology_is_refused():
 
 @pytest.mark.parametrize(("platform", "topology"), [("tpu", "v5p:2x2x1"), ("cpu", "cpu:1")])
 def test_temporaries_are_what_is_needed_besides_arguments_and_results(platform, topology):
-    """In units of an argument: none to add to it, in its own place or another, and one to sort it."""
+    """In units of an argument: none to add to it, in its own place or another, and one or two to sort it."""
     n = 4096
     square = jax.ShapeDtypeStruct((n, n), "float32", sharding=SingleDeviceSharding(topology_devices(topology)[0]))
 
@@ -112,4 +112,4 @@ def test_temporaries_are_what_is_needed_besides_arguments_and_results(platform, 
 
     assert temporaries(lambda x: x + 1) < 0.1
     assert temporaries(lambda x: x + 1, donate_argnums=0) < 0.1
-    assert 1 <= temporaries(lambda x: jnp.sort(jnp.sort(x, 0), 1) @ x) < 1.1
+    assert 1 <= temporaries(lambda x: jnp.sort(jnp.sort(x, 0), 1) @ x) < 2.1

@@ -132,4 +132,4 @@ def test_memory_is_what_the_compiler_gives_a_program(generation):
         jax.jit(lambda x: x + 1).trace(rows).lower(lowering_platforms=("tpu",)).compile()
     found = re.search(r"available HBM \((\d+\.\d+)G\)", str(caught.value))
     assert found is not None
-    assert machine.memory == int(float(found[1]) * 2**30)
+    assert 0 <= float(found[1]) * 2**30 - machine.memory < 2**25  # versions differ by 10 MiB
