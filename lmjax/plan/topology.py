@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 
 from lmjax.errors import InputError
-from lmjax.hardware import DEVICES, Hardware
+from lmjax.hardware import CPU, DEVICES, Hardware
 
 GIB = 2**30
 GB = 1e9
@@ -34,7 +34,7 @@ class Machine:
     device_kind: str
     """As JAX calls it, and ``lmjax.hardware.DEVICES`` has it."""
     memory: int
-    """That a program may use."""
+    """Of a TPU what a program may use, of a GPU all that it has."""
     memory_bandwidth: float
     link_bandwidth: float
     """What a device sends, over all its links, to others of its slice (ICI) or host (NVLink)."""
@@ -47,11 +47,7 @@ class Machine:
 
     @property
     def hardware(self) -> Hardware:
-        return DEVICES[self.device_kind].hardware if self.device_kind in DEVICES else Hardware("cpu")
-
-    @property
-    def is_tpu(self) -> bool:
-        return self.hardware.platform == "tpu"
+        return DEVICES[self.device_kind].hardware
 
 
 def _square_shapes() -> tuple[tuple[int, ...], ...]:
@@ -153,7 +149,7 @@ class Topology:
 
     @property
     def hardware(self) -> Hardware:
-        return Hardware("cpu") if self.machine is None else self.machine.hardware
+        return CPU if self.machine is None else self.machine.hardware
 
     @property
     def slice_devices(self) -> int:

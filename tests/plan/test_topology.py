@@ -122,7 +122,9 @@ def test_without_a_compiler_its_extra_is_named(monkeypatch):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("generation", [name for name, machine in MACHINES.items() if machine.is_tpu])
+@pytest.mark.parametrize(
+    "generation", [name for name, machine in MACHINES.items() if machine.hardware.platform == "tpu"]
+)
 def test_memory_is_what_the_compiler_gives_a_program(generation):
     machine = MACHINES[generation]
     shape = "x".join(map(str, (*machine.shapes[0][1:], machine.shapes[0][0])))
