@@ -177,9 +177,10 @@ class Decoder(nnx.Module):
             x_BTD, group_cache = carry
             group, first, index = layers
             new_cache, sums = [], []
+            is_alone = execution.scan_layers and len(group.blocks) == 1
+            run = checkpointed(apply, execution.remat, is_alone=is_alone)
             for i, block in enumerate(group.blocks):
                 cache = None if group_cache is None else group_cache[i]
-                run = checkpointed(apply, execution.remat, scanned=execution.scan_layers)
                 x_BTD, cache, of_router = run(x_BTD, block, first + i, index, cache)
                 new_cache.append(cache)
                 sums += [] if of_router is None else [of_router]

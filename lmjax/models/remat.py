@@ -35,10 +35,12 @@ class RematConfig:
             raise ValueError(f"a value is named twice in remat.save and remat.offload: {list(named)}")
 
 
-def checkpointed(function: F, remat: RematConfig, *, scanned: bool) -> F:
-    """``function`` under ``jax.checkpoint`` as ``remat`` says; ``scanned`` if it is called in the body of a scan.
+def checkpointed(function: F, remat: RematConfig, *, is_alone: bool) -> F:
+    """``function`` under ``jax.checkpoint`` as ``remat`` says; ``is_alone`` if it is all that the body of a scan calls.
 
-    Elsewhere the compiler sees that what is computed again was computed before, and would keep it after all.
+    Elsewhere the compiler sees that what is computed again was computed before, and would keep it after all; and in a
+    body that calls it several times, that what is computed again waits for no gradient, and would compute it for all
+    calls at once. Barriers keep it from both.
     """
     match remat.policy:
         case "none":
@@ -56,4 +58,4 @@ def checkpointed(function: F, remat: RematConfig, *, scanned: bool) -> F:
                 offload_src="device",
                 offload_dst="pinned_host",
             )
-    return jax.checkpoint(function, policy=policy, prevent_cse=not scanned)  # pyright: ignore[reportReturnType]
+    return jax.checkpoint(function, policy=policy, prevent_cse=not is_alone)  # pyright: ignore[reportReturnType]
