@@ -28,13 +28,14 @@ from typing import Annotated, Any
 
 import typer
 
-from lmjax.cli import checkpoint, convert, data, evaluate, generate, info, report, tokenizer, train
+from lmjax.cli import checkpoint, convert, data, evaluate, generate, info, plan, report, tokenizer, train
 from lmjax.errors import DivergedError, InputError, PreemptedError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "evaluate": evaluate.evaluate,
     "generate": generate.generate,
+    "plan": plan.plan,
     "report": report.report,
     "info": info.info,
 }

@@ -1,5 +1,7 @@
 """Parameters and floating-point operations of a decoder, in closed form."""
 
+from typing import NamedTuple
+
 from lmjax.models.config import BlockKind, DecoderConfig
 
 
@@ -31,14 +33,51 @@ def training_flops(config: DecoderConfig, batch_size: int, length: int) -> int:
     MFU (PaLM, arXiv 2204.02311 appendix B) is this, divided by the seconds of the step and the dense bfloat16 peak of
     all devices, whatever dtype is computed in.
     """
-    matrices = config.num_layers * _attention_matrices(config) + config.vocab_size * config.embed_dim
-    matrices += sum(_feed_forward(config, kind, active=True) for kind in config.blocks)
-    per_key = 2 * config.num_heads * (config.head_width + config.value_width)  # scores and weighted values
-    keys = 0
+    forward = 2 * length * config.vocab_size * config.embed_dim
     for segment in config.segments:
         for kind in segment.pattern:
-            keys += segment.repeats * _visible_keys(length, config.window(kind.attention))
-    return 3 * batch_size * (2 * matrices * length + per_key * keys)
+            products = 2 * length * sum(block_products(config, kind))
+            forward += segment.repeats * (products + attention_flops(config, kind, length))
+    return 3 * batch_size * forward
+
+
+def attention_flops(config: DecoderConfig, kind: BlockKind, length: int) -> int:
+    """Operations of a block's attention for one row, forward: scores and weighted values."""
+    return (
+        2
+        * config.num_heads
+        * (config.head_width + config.value_width)
+        * _visible_keys(length, config.window(kind.attention))
+    )
+
+
+class Products(NamedTuple):
+    """Multiply-adds of a token in the matrix products of a block."""
+
+    inputs: int
+    """Of attention: queries, keys and values."""
+    output: int
+    """Of attention."""
+    router: int
+    hidden: int
+    """What is activated, and what that is multiplied with; of all experts that a token goes through."""
+    down: int
+
+
+def block_products(config: DecoderConfig, kind: BlockKind) -> Products:
+    """Of a block's forward pass."""
+    output = config.embed_dim * config.num_heads * config.value_width
+    feed_forward = _feed_forward(config, kind, active=True)
+    router = config.embed_dim * config.moe.num_experts if kind.mlp == "moe" and config.moe is not None else 0
+    gate = config.embed_dim if kind.mlp == "moe" and config.moe is not None and config.moe.shared_gate else 0
+    down = (feed_forward - router - gate) // (3 if config.mlp_gated else 2)
+    return Products(
+        inputs=_attention_matrices(config) - output,
+        output=output,
+        router=router + gate,
+        hidden=feed_forward - router - gate - down,
+        down=down,
+    )
 
 
 def _visible_keys(length: int, window: int | None) -> int:

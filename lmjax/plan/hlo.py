@@ -1,19 +1,32 @@
 """What the text of a compiled program says about its collectives and the shapes of its arrays.
 
-Instructions are counted as they stand in the text: those of a loop's body once, however often the loop runs it.
+Instructions are counted as they stand in the text, those of a loop's body once, however often the loop runs it; but by
+``sent_by_axis`` as often as they run.
 """
 
+import collections as containers
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
+
+import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _GROUPS_OF_ONE = re.compile(r"replica_groups=(?:\{\{\d+\}|\[\d+,1\]<=)")
-_GROUPS_BY_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_GROUPS_BY_AXES = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>[^\]]*)\]"
+    r"(?:, device_ids=\(\[(?P<order>[\d,]+)\](?:T\((?P<axes>[\d,]+)\))?\))? ?\{(?P<differ>[^}]*)\}"
+)
+_GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_GROUPS_BY_ORDER = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]+\})\}")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
@@ -86,9 +99,102 @@ def collectives(text: str) -> dict[str, Collective]:
     counts once, by its start. What a TPU compiler calls all-reduce-scatter, an all-reduce whose result is cut up in the
     same fusion, is a reduce-scatter.
     """
+    totals: dict[str, Collective] = {}
+    for found in _collectives(text):
+        count, total = totals.get(found.kind, (0, 0))
+        totals[found.kind] = Collective(count + 1, total + found.bytes)
+    return dict(sorted(totals.items()))
+
+
+class Sent(NamedTuple):
+    """What a program sends along axes of the mesh, in all the times that its loops run."""
+
+    axes: str
+    """Joined by +: the devices of a group differ in all of these."""
+    kind: str
+    count: int
+    bytes: int
+    """That one device receives: of a gather all but its own part, of an all-reduce twice that."""
+
+
+def sent_by_axis(text: str, sizes: Mapping[str, int]) -> list[Sent]:
+    """The collectives of a program by mesh axis, for a mesh with ``sizes`` whose devices are in the program's order.
+
+    A loop whose number of runs the compiler does not tell counts once.
+    """
+    times = _times(text)
+    totals: containers.Counter[tuple[str, str]] = containers.Counter()
+    counts: containers.Counter[tuple[str, str]] = containers.Counter()
+    for found in _collectives(text):
+        group = _group(found.arguments)
+        differ = np.ptp(np.stack(np.unravel_index(group, tuple(sizes.values()))), axis=1) > 0
+        key = "+".join(axis for axis, differs in zip(sizes, differ, strict=True) if differs), found.kind
+        share = 1.0 if found.kind == "collective-permute" else (len(group) - 1) / len(group)
+        runs = times[found.computation]
+        counts[key] += runs
+        totals[key] += round(runs * found.bytes * share * (2 if found.kind == "all-reduce" else 1))
+    return [Sent(*key, counts[key], totals[key]) for key in sorted(totals, key=lambda key: -totals[key])]
+
+
+def _group(arguments: str) -> np.ndarray:
+    """The devices of a collective's first group, by their numbers in the program."""
+    if found := _PAIRS.search(arguments):
+        pairs = [tuple(map(int, pair.split(","))) for pair in found[1].strip("{}").split("},{")]
+        return np.array(next((pair for pair in pairs if pair[0] != pair[1]), pairs[0]))
+    if found := _GROUPS_LISTED.search(arguments):
+        return np.array([int(number) for number in found[1].split(",")])
+    if found := _GROUPS_BY_AXES.search(arguments):
+        named = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", found["sizes"])]
+        axes = re.findall(r"'(\w+)'", found["differ"])
+        shape = [size for _, size in named]
+        numbers = _numbers(found["order"] or str(math.prod(shape)), found["axes"]).reshape(shape)
+        return numbers[tuple(slice(None) if name in axes else 0 for name, _ in named)].reshape(-1)
+    found = _GROUPS_BY_ORDER.search(arguments)
+    assert found is not None, f"groups that this does not read: {arguments[:300]}"
+    return _numbers(found[2], found[3]).reshape(int(found[1].split(",")[0]), -1)[0]
+
+
+def _numbers(dims: str, axes: str | None) -> np.ndarray:
+    """0, 1, … in an array of ``dims``, with its dimensions in the order ``axes``."""
+    sizes = [int(size) for size in dims.split(",")]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers if axes is None else numbers.transpose([int(axis) for axis in axes.split(",")])
+
+
+def _times(text: str) -> Mapping[str, int]:
+    """How often each computation of a program runs."""
+    calls = containers.defaultdict(list)
+    called = set()
+    names = set()
+    for instruction in instructions(text):
+        names.add(instruction.computation)
+        trips = 1
+        if instruction.kind == "while" and (found := _TRIPS.search(instruction.arguments)):
+            trips = int(found[1])
+        for one, several in _CALLED.findall(instruction.arguments):
+            for name in [one] if one else re.findall(r"[\w.\-]+", several):
+                calls[name].append((instruction.computation, trips))
+                called.add(name)
+
+    @functools.cache
+    def times(name: str) -> int:
+        return sum(times(caller) * trips for caller, trips in calls[name]) if name in called else 1
+
+    return {name: times(name) for name in names}
+
+
+class _Found(NamedTuple):
+    kind: str
+    computation: str
+    bytes: int
+    """Of the operand or the result, whichever is larger."""
+    arguments: str
+
+
+def _collectives(text: str) -> Iterator[_Found]:
+    """Those that send something; an asynchronous one by its start."""
     found = list(instructions(text))
     types = {instruction.name: instruction.type for instruction in found}
-    totals: dict[str, Collective] = {}
     for instruction in found:
         kind = instruction.kind.removesuffix("-start")
         if kind not in KINDS or _is_alone(instruction.arguments):
@@ -100,16 +206,14 @@ def collectives(text: str) -> dict[str, Collective]:
         # The type of a start holds operands, results and what the device notes, of which only the sizes are known.
         is_start = instruction.kind.endswith("-start") and kind != "all-reduce"
         result_bytes = num_bytes(instruction.type) - (operand_bytes if is_start else 0)
-        count, total = totals.get(kind, (0, 0))
-        totals[kind] = Collective(count + 1, total + max(operand_bytes, result_bytes))
-    return dict(sorted(totals.items()))
+        yield _Found(kind, instruction.computation, max(operand_bytes, result_bytes), instruction.arguments)
 
 
 def _is_alone(arguments: str) -> bool:
     """Whether the groups of a collective are of one device: listed, counted, or named by axes of a mesh."""
     if found := _GROUPS_BY_AXES.search(arguments):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes = re.findall(r"'(\w+)'", found[2])
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found["sizes"]))
+        axes = re.findall(r"'(\w+)'", found["differ"])
         return all(sizes.get(axis) == "1" for axis in axes)
     return _GROUPS_OF_ONE.search(arguments) is not None
 

@@ -1,6 +1,7 @@
 """The state of a run, as a plain tree of arrays, and where each leaf of it lies."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +58,7 @@ def place_model(config: DecoderConfig, mesh: Mesh) -> PlacedModel:
 
 def abstract_decoder(config: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
     """The decoder's graph definition, and its parameters as ShapeDtypeStructs with their shardings on ``mesh``."""
-    graphdef, variables = nnx.split(jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0)))
+    graphdef, variables = _variables(config)
 
     def struct(variable):
         value = variable.get_value()
@@ -68,9 +69,35 @@ def abstract_decoder(config: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
     return graphdef, nnx.to_pure_dict(structs)
 
 
+class Declared(NamedTuple):
+    """A parameter as its module declares it."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    """With a first dimension of layers where it is stacked."""
+    axes: tuple[str, ...]
+    """Logical ones, without that dimension."""
+
+
+def declared_parameters(config: DecoderConfig) -> tuple[Declared, ...]:
+    """All parameters of the decoder, wherever they may lie."""
+    _, variables = _variables(config)
+    found = jax.tree_util.tree_leaves_with_path(variables, is_leaf=_is_variable)
+    return tuple(
+        Declared(tuple(str(entry.key) for entry in path), variable.get_value().shape, variable.axes)
+        for path, variable in found
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _variables(config: DecoderConfig) -> tuple[Any, Any]:
+    """The graph definition and the variables, whose values are ShapeDtypeStructs."""
+    return nnx.split(jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0)))
+
+
 def decay_mask(config: DecoderConfig) -> Any:
     """Which parameters are decayed: matrices and tables; not norms, biases and sinks, whatever their dimensions."""
-    _, variables = nnx.split(jax.eval_shape(lambda key: Decoder(config, key=key), jax.random.key(0)))
+    _, variables = _variables(config)
     named = nnx.to_pure_dict(jax.tree.map(lambda variable: True, variables, is_leaf=_is_variable))
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "table"), named)
 

@@ -2,7 +2,16 @@
 
 import pytest
 
-from lmjax.plan.hlo import ArrayShape, Collective, array_shapes, arrays_above, collectives, num_bytes
+from lmjax.plan.hlo import (
+    ArrayShape,
+    Collective,
+    Sent,
+    array_shapes,
+    arrays_above,
+    collectives,
+    num_bytes,
+    sent_by_axis,
+)
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
@@ -100,3 +109,48 @@ def test_an_array_is_above_where_two_of_its_dimensions_are():
 )
 def test_bytes_of_types(type_: str, expected: int):
     assert num_bytes(type_) == expected
+
+
+LOOPS = """\
+HloModule jit_step, num_partitions=8
+
+%inner (x: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  ROOT %sum = f32[8,16]{1,0} all-reduce(%x), replica_groups=[4,2]<=[2,2,2]T(0,2,1), to_apply=%add
+}
+
+%body (y: f32[8,16]) -> f32[8,16] {
+  %y = f32[8,16]{1,0} parameter(0)
+  %part = f32[4,16]{1,0} reduce-scatter(%y), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}, to_apply=%add
+  ROOT %again = f32[8,16]{1,0} while(%y), condition=%below, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+ENTRY %main (a: f32[8,16]) -> f32[32,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %looped = f32[8,16]{1,0} while(%a), condition=%below, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %moved = f32[8,16]{1,0} collective-permute(%looped), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %alone = f32[8,16]{1,0} all-gather(%moved), replica_groups=[8,1]<=[8], dimensions={0}
+  ROOT %all = f32[32,16]{1,0} all-gather(%moved), dimensions={0}, GROUPS
+}
+"""
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "replica_groups=[2,4]<=[8]",
+        "replica_groups={{0,1,2,3},{4,5,6,7}}",
+        "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}",
+        "replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2], device_ids=([2,2,2]T(1,2,0)) {'axis_0','axis_1'}",
+    ],
+)
+def test_what_is_sent_counts_by_mesh_axis_as_often_as_its_loop_runs(groups: str):
+    size = 8 * 16 * 4
+    assert {sent.axes: sent for sent in sent_by_axis(LOOPS.replace("GROUPS", groups), MESH)} == {
+        "fsdp": Sent("fsdp", "all-reduce", 15, 15 * size),  # twice the half of it
+        "data": Sent("data", "reduce-scatter", 3, 3 * size // 2),
+        "tensor": Sent("tensor", "collective-permute", 1, size),
+        "fsdp+tensor": Sent("fsdp+tensor", "all-gather", 1, 4 * size * 3 // 4),
+    }

@@ -1,0 +1,284 @@
+"""The planner's estimate of a step's memory beside what XLA's compilers say, for steps on devices that are not here.
+
+    python benchmarks/plan_accuracy.py --platform tpu --seed 0 --count 20 >> benchmarks/results/plan_accuracy.jsonl
+    python benchmarks/plan_accuracy.py --table benchmarks/results/plan_accuracy.jsonl
+
+A case is drawn: one of six models (dense, grouped heads, experts, tied tables, windows, ALiBi), a topology, a mesh that
+divides both, rows, length, remat policy, micro-batches and kernel. Its step is compiled; a row has both figures, bytes
+of one device, and the estimate's error, relative to the compiler's figure: arguments + outputs + temporaries - aliases.
+``--cases`` prints what would be compiled. Needs libtpu, or for GPUs JAX's CUDA plugin.
+
+The last line is one JSON object: of the rows of this run, or of the files of ``--table``.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import platform as python_platform
+import random
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmjax.checkpoint.save import CheckpointConfig
+from lmjax.data.config import DataConfig, StdlibSource
+from lmjax.data.tokenizer import BytesTokenizer
+from lmjax.errors import InputError
+from lmjax.mesh import AXES, MeshConfig
+from lmjax.models.config import DecoderConfig
+from lmjax.models.remat import RematConfig
+from lmjax.nn.moe import MoEConfig
+from lmjax.optim import OptimizerConfig
+from lmjax.plan.plan import make_plan
+from lmjax.precision import PrecisionConfig
+from lmjax.train.config import EvaluateConfig, LoggingConfig, TrainConfig
+from lmjax.train.job import Job
+
+MODELS = {
+    "dense": DecoderConfig(
+        vocab_size=50_304,
+        max_length=8192,
+        embed_dim=1536,
+        num_layers=16,
+        num_heads=12,
+        mlp_dim=6144,
+        mlp_gated=False,
+        activation="gelu",
+        norm="layer",
+        norm_bias=True,
+        qkv_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+        position="learned",
+    ),
+    "grouped": DecoderConfig(
+        vocab_size=32_000,
+        max_length=8192,
+        embed_dim=2048,
+        num_layers=16,
+        num_heads=16,
+        num_kv_heads=8,
+        mlp_dim=7168,
+    ),
+    "experts": DecoderConfig(
+        vocab_size=32_000,
+        max_length=8192,
+        embed_dim=1024,
+        num_layers=12,
+        num_heads=16,
+        num_kv_heads=8,
+        mlp_dim=2816,
+        moe=MoEConfig(num_experts=8, experts_per_token=2),
+    ),
+    "tied": DecoderConfig(
+        vocab_size=128_256,
+        max_length=8192,
+        embed_dim=2048,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        mlp_dim=8192,
+        tie_embeddings=True,
+    ),
+    "windowed": DecoderConfig(
+        vocab_size=64_000,
+        max_length=8192,
+        embed_dim=1536,
+        num_layers=16,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=256,
+        mlp_dim=8192,
+        layer_pattern=("sliding", "full"),
+        sliding_window=1024,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        norm_placement="sandwich",
+        activation="gelu_tanh",
+        tie_embeddings=True,
+    ),
+    "alibi": DecoderConfig(
+        vocab_size=50_304,
+        max_length=8192,
+        embed_dim=2048,
+        num_layers=12,
+        num_heads=16,
+        mlp_dim=8192,
+        mlp_gated=False,
+        activation="gelu",
+        norm="layer",
+        position="alibi",
+        tie_embeddings=True,
+    ),
+}
+"""Of 0.3 to 1.3 billion parameters: the arrays of a step are as large as in real training, and compile as quickly as
+small ones."""
+
+TOPOLOGIES = {"cpu": ("cpu:8",), "tpu": ("v5e:2x4", "v5p:2x2x2", "v6e:2x4"), "gpu": ("h200:8",)}
+KERNELS = {"cpu": ("auto",), "tpu": ("auto", "flash_tpu"), "gpu": ("auto", "flash_hopper")}
+POLICIES = {
+    "none": RematConfig(policy="none"),
+    "full": RematConfig(),
+    "attention": RematConfig(policy="attention"),
+    "dots": RematConfig(policy="dots"),
+    "heads": RematConfig(policy="save", save=("query", "key", "value", "attention_out")),
+}
+GOAL = {"mean": 0.06, "worst": 0.12}
+"""The largest relative errors that are taken."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step, and what it is compiled for."""
+
+    model: str
+    topology: str
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    rows: int
+    """Of a global batch."""
+    length: int
+    policy: str
+    accumulation: int = 1
+    kernel: str = "auto"
+    compute: str = "bfloat16"
+
+    @property
+    def job(self) -> Job:
+        return Job(
+            run_dir="unused",
+            model=MODELS[self.model],
+            tokenizer=BytesTokenizer(kind="bytes"),
+            data=DataConfig(path="unused", sources=(StdlibSource(kind="stdlib"),), sequence_length=self.length),
+            mesh=MeshConfig(data=self.data, fsdp=self.fsdp, expert=self.expert, tensor=self.tensor),
+            precision=PrecisionConfig(compute=self.compute),  # pyright: ignore[reportArgumentType]
+            optimizer=OptimizerConfig(),
+            train=TrainConfig(
+                steps=1000,
+                global_batch_size=self.rows,
+                accumulation=self.accumulation,
+                remat=POLICIES[self.policy],
+                attention_kernel=self.kernel,  # pyright: ignore[reportArgumentType]
+            ),
+            checkpoint=CheckpointConfig(),
+            evaluate=EvaluateConfig(),
+            logging=LoggingConfig(),
+            resolved={},
+        )
+
+
+def drawn(platform: str, seed: int) -> Iterator[Case]:
+    """Cases without end, no two alike, that are not refused and fit their devices by the estimate."""
+    draw, seen = random.Random(f"{platform} {seed}"), set()
+    while True:
+        model = draw.choice(list(MODELS))
+        axes = [axis for axis in AXES if axis != "expert" or model == "experts"]
+        sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+        for _ in range(3):
+            sizes[draw.choice(axes)] *= 2
+        accumulation = draw.choice((1, 1, 2, 4))
+        shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        case = Case(
+            model=model,
+            topology=draw.choice(TOPOLOGIES[platform]),
+            **sizes,
+            rows=shards * accumulation * draw.choice((1, 2, 4)),
+            length=draw.choice((2048, 4096, 8192)),
+            policy=draw.choice(list(POLICIES)),
+            accumulation=accumulation,
+            kernel=draw.choice(KERNELS[platform]),
+            compute="float32" if platform == "cpu" else "bfloat16",
+        )
+        try:
+            plan = make_plan(case.job, case.topology)
+        except InputError:
+            continue  # a kernel that cannot, or a mesh that does not divide
+        if case not in seen and plan.fits is not False:
+            seen.add(case)
+            yield case
+
+
+def row(case: Case) -> dict[str, Any]:
+    """Both figures of a case."""
+    plan = make_plan(case.job, case.topology, compiles=True)
+    assert plan.compiled is not None
+    compiled, estimate = plan.compiled.total_bytes, plan.peak.bytes
+    return {
+        **dataclasses.asdict(case),
+        "compiled_bytes": compiled,
+        "estimate_bytes": estimate,
+        "error": round(estimate / compiled - 1, 4),
+        "peak": plan.peak.name,
+        "seconds": round(plan.compiled.seconds, 1),
+        "versions": versions(case.topology),
+    }
+
+
+def versions(topology: str) -> dict[str, str]:
+    compiler = {"c": (), "h": ("jax-cuda13-plugin",), "v": ("libtpu",)}[topology[0]]
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", *compiler)}
+    return {"python": python_platform.python_version(), **found}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The errors of rows: of all, and the largest with their cases."""
+    errors = [abs(found["error"]) for found in rows]
+    worst = sorted(rows, key=lambda found: -abs(found["error"]))[:5]
+    names = ("model", "topology", "policy", "accumulation", "kernel", "error")
+    return {
+        "name": "plan_accuracy",
+        "cases": len(rows),
+        "mean_error": round(statistics.mean(errors), 4),
+        "worst_error": round(max(errors), 4),
+        "below_by_at_most": round(max(-found["error"] for found in rows), 4),
+        "worst": [{name: found[name] for name in names} for found in worst],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platform", choices=TOPOLOGIES, default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--cases", action="store_true", help="print the cases, and compile nothing")
+    parser.add_argument("--table", type=Path, help="a file of rows to sum up, and compile nothing")
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    if arguments.table is not None:
+        lines = [json.loads(line) for line in arguments.table.read_text().splitlines()]
+        rows = [line for line in lines if "compiled_bytes" in line]
+        for found in sorted(rows, key=lambda found: -abs(found["error"])):
+            mesh = " ".join(f"{axis}{found[axis]}" for axis in AXES if found[axis] > 1)
+            sizes = f"{found['compiled_bytes'] / 2**30:6.2f} {found['estimate_bytes'] / 2**30:6.2f}"
+            batch = f"{found['rows']:3} x {found['length']} / {found['accumulation']}"
+            where = f"{found['model']:9} {found['topology']:10} {mesh:22}"
+            print(f"{100 * found['error']:+6.1f}% {sizes}  {where} {batch} {found['policy']:10} {found['kernel']}")
+        print(json.dumps(summary(rows)))
+        return
+    cases = drawn(arguments.platform, arguments.seed)
+    rows = []
+    for _ in range(arguments.count):
+        case = next(cases)
+        if arguments.cases:
+            print(case, file=sys.stderr)
+            continue
+        try:
+            rows.append(row(case))
+        except InputError as error:  # said to fit, and does not
+            print(json.dumps({**dataclasses.asdict(case), "refused": str(error)}), flush=True)
+            continue
+        print(json.dumps({**rows[-1], "seed": arguments.seed}), flush=True)
+    if rows:
+        print(json.dumps(summary(rows)))
+
+
+if __name__ == "__main__":
+    main()

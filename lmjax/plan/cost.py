@@ -1,0 +1,189 @@
+"""What a train step has to compute, to move and to send, in closed form, and the least time that takes.
+
+A bound, not a forecast: every part runs at the hardware's peak and hides behind the slowest. A step that takes twice
+the bound loses the other half to what is not here: kernels below peak, sends that wait, gaps.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lmjax.hardware import peak_flops
+from lmjax.mesh import AXES, FSDP_AXES, MeshConfig
+from lmjax.models.config import BlockKind
+from lmjax.models.counts import attention_flops, block_products, training_flops
+from lmjax.plan.memory import FLOAT32, MOMENTS, kept, parameter_numbers
+from lmjax.plan.share import Setup, Share
+from lmjax.plan.topology import Topology
+
+LINKS = {"tpu": ("ICI", "DCN"), "gpu": ("NVLink", "network"), "cpu": ("memory", "memory")}
+"""What connects the devices of a slice or host, and these with each other."""
+
+
+class Traffic(NamedTuple):
+    """What a device receives from others along an axis of the mesh in a step."""
+
+    axis: str
+    what: str
+    link: str
+    """One of LINKS."""
+    bytes: int
+
+
+class Cost(NamedTuple):
+    """Of one step."""
+
+    model_flops: int
+    """Of all devices, without what is computed again (``training_flops``)."""
+    flops: int
+    """Of one device, with it."""
+    memory_bytes: int
+    """That a device reads and writes of its memory, at least."""
+    traffic: tuple[Traffic, ...]
+
+
+class Bound(NamedTuple):
+    """Seconds that each part of a step takes at the hardware's peak."""
+
+    compute: float
+    memory: float
+    links: float
+    """Inside of a slice or host."""
+    network: float
+    """Between them."""
+
+    @property
+    def seconds(self) -> float:
+        return max(self)
+
+    @property
+    def limit(self) -> str:
+        """The part that takes longest."""
+        return max(self._fields, key=lambda name: getattr(self, name))
+
+
+def cost(setup: Setup, mesh: MeshConfig, topology: Topology) -> Cost:
+    """Of a step of ``setup`` on the devices of ``topology``, laid out as ``mesh`` says."""
+    rows = setup.rows * setup.accumulation
+    model_flops = training_flops(setup.model, rows, setup.length)
+    again = sum(_computed_again(setup, kind) for kind in setup.model.blocks) * rows
+    share = Share(setup)
+    return Cost(
+        model_flops=model_flops,
+        flops=(model_flops + again) // setup.num_devices,
+        memory_bytes=_memory_bytes(share),
+        traffic=tuple(found for found in _traffic(share, mesh, topology) if found.bytes),
+    )
+
+
+def bound(cost: Cost, topology: Topology) -> Bound | None:
+    """None for CPUs, whose peak is not known."""
+    machine = topology.machine
+    if machine is None:
+        return None
+    peak = peak_flops(machine.device_kind)
+    assert peak is not None
+    inside = sum(found.bytes for found in cost.traffic if found.link == LINKS[topology.hardware.platform][0])
+    across = sum(found.bytes for found in cost.traffic) - inside
+    return Bound(
+        compute=cost.flops / peak,
+        memory=cost.memory_bytes / machine.memory_bandwidth,
+        links=inside / machine.link_bandwidth,
+        network=across / machine.network_bandwidth,
+    )
+
+
+def _computed_again(setup: Setup, kind: BlockKind) -> int:
+    """Operations of a row in a block that the backward pass does a second time.
+
+    The last product of a block is not among them, nor that of attention where the MLP does not read its result: no
+    gradient in the block needs them.
+    """
+    policy, saved, model = setup.remat.policy, kept(setup), setup.model
+    if policy == "none":
+        return 0
+    again = 0 if "attention_out" in saved else attention_flops(model, kind, setup.length)
+    if policy == "dots":
+        return again
+    products = block_products(model, kind)
+    matrices = products.router
+    if not {"query", "key", "value"} <= saved:
+        matrices += products.inputs
+    if "projection" not in saved and model.residual == "sequential":
+        matrices += products.output
+    hidden = {"mlp_up", "mlp_gate"} if model.mlp_gated else {"mlp_up"}
+    matrices += products.hidden * len(hidden - saved) // len(hidden)
+    return again + 2 * setup.length * matrices
+
+
+def _memory_bytes(share: Share) -> int:
+    """Parameters, moments and gradients are read and written once, matrices in the compute dtype are written when they
+    are gathered and read by each product, and what a block works on is written once and read twice."""
+    setup = share.setup
+    numbers = parameter_numbers(setup)
+    total = numbers.layers + numbers.outside
+    update = (2 + 2 * MOMENTS + 2) * total * FLOAT32
+    gathered = numbers.matrices * setup.sizes["fsdp"] * setup.compute_bytes
+    passes = 2 if setup.remat.policy == "none" else 3
+    matrices = 2 * passes * gathered * setup.accumulation
+    model, values = setup.model, 0
+    for kind in model.blocks:
+        width = model.mlp_dim if kind.mlp == "dense" else 0
+        hidden = (3 if model.mlp_gated else 2) * share.tokens * width // share.tensor
+        if kind.mlp == "moe":
+            hidden = (3 if model.mlp_gated else 2) * share.expert_rows * model.expert_dim // share.tensor
+        heads = share.tokens * (2 * share.heads + 2 * share.kv_heads) * model.head_width
+        values += (4 * share.tokens * model.embed_dim + hidden + heads) * setup.compute_bytes
+    logits = share.tokens * share.vocab * FLOAT32
+    return update + matrices + 3 * (passes * values + 2 * logits) * setup.accumulation
+
+
+def _traffic(share: Share, mesh: MeshConfig, topology: Topology) -> Iterator[Traffic]:
+    setup, c = share.setup, share.setup.compute_bytes
+    numbers, A = parameter_numbers(setup), setup.accumulation
+    passes = 1 if setup.remat.policy == "none" else 2
+    fsdp = math.prod(setup.sizes[axis] for axis in FSDP_AXES)
+    reduced = FLOAT32 if setup.reduce_in_float32 else c
+    table = share.vocab * setup.model.embed_dim
+
+    def over(axis: str, what: str, num_bytes: float) -> Iterator[Traffic]:
+        """``num_bytes`` is all that the devices of the axis have together of what each gets, or gives up, the whole."""
+        size, parts = setup.sizes[axis], _parts(setup, mesh, topology, axis)
+        inside = size // parts
+        near, far = LINKS[setup.hardware.platform]
+        yield Traffic(axis, what, near, round(num_bytes * (inside - 1) / inside))
+        # Each device of a slice fetches its part of what the others have, and passes it on inside.
+        yield Traffic(axis, what, far, round(num_bytes * (parts - 1) / parts / inside))
+
+    matrices = numbers.matrices * setup.sizes["fsdp"]
+    for axis in FSDP_AXES:
+        # Over expert go the matrices that are no expert's.
+        part = matrices if axis == "fsdp" else (numbers.matrices - numbers.experts) * fsdp
+        yield from over(axis, "matrices gathered", A * (passes + 1) * part * c)
+        yield from over(axis, "gradients summed and split", A * part * reduced)
+        yield from over(axis, "tables gathered, their gradients summed", A * table * (2 * c + 2 * FLOAT32))
+    yield from over("data", "gradients summed", A * 2 * (numbers.layers * reduced + 2 * table // fsdp * FLOAT32))
+    if share.is_sequence_split:
+        number = len(setup.model.blocks) * A * share.whole
+        yield from over("tensor", "residual stream gathered", (2 + 2 * (passes - 1) + 2) * number)
+        yield from over("tensor", "residual stream summed and split", (2 + (passes - 1) + 2) * number)
+    elif share.tensor > 1:
+        yield from over(
+            "tensor", "residual stream summed", 2 * (4 + passes - 1) * len(setup.model.blocks) * A * share.whole
+        )
+    for kind in setup.model.blocks:
+        if kind.mlp == "moe":
+            rows = share.expert_rows * setup.model.embed_dim * c
+            yield from over("expert", "tokens to experts and back", A * (passes + 1) * 2 * rows)
+
+
+def _parts(setup: Setup, mesh: MeshConfig, topology: Topology, axis: str) -> int:
+    """Into how many slices or hosts the axis is cut."""
+    asked = {"data": mesh.dcn_data, "fsdp": mesh.dcn_fsdp}.get(axis, 1)
+    if topology.slices == 1 or asked > 1 or setup.hardware.platform == "tpu":
+        return asked
+    if mesh.dcn_data * mesh.dcn_fsdp > 1:
+        return 1
+    # Devices in their order: the last axes fill a host first.
+    inner = math.prod(setup.sizes[name] for name in AXES[AXES.index(axis) + 1 :])
+    return max(1, math.gcd(setup.sizes[axis], -(-inner * setup.sizes[axis] // topology.slice_devices)))

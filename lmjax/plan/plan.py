@@ -1,0 +1,163 @@
+"""What a run's step needs on a topology: the parts of the answer, put together."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from lmjax.errors import InputError
+from lmjax.hardware import peak_flops
+from lmjax.mesh import AXES, axis_sizes
+from lmjax.models.counts import parameter_count
+from lmjax.plan.compile import CompiledStep, compile_step, topology_mesh
+from lmjax.plan.cost import Bound, Cost, bound, cost
+from lmjax.plan.hlo import sent_by_axis
+from lmjax.plan.memory import Stage, stages
+from lmjax.plan.share import Setup
+from lmjax.plan.topology import Topology, parse_topology, topology_devices
+from lmjax.train.feed import abstract_batch
+from lmjax.train.job import Job, check_routing, check_shapes, choose_kernels, make_program
+
+MARGIN = 0.12
+"""By how much more than its estimate a step may need (the largest error that tests allow): with it, it has to fit."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run's step on a topology."""
+
+    topology: Topology
+    setup: Setup
+    kernels: dict[str, Any]
+    """The attention kernel of each kind of block, and why it is this one."""
+    stages: tuple[Stage, ...]
+    cost: Cost
+    bound: Bound | None
+    """None for CPUs."""
+    compiled: CompiledStep | None
+    """None where it was not asked for."""
+
+    @property
+    def peak(self) -> Stage:
+        return max(self.stages, key=lambda stage: stage.bytes)
+
+    @property
+    def memory(self) -> int | None:
+        """Of a device, for a program; None for CPUs."""
+        return None if self.topology.machine is None else self.topology.machine.memory
+
+    @property
+    def fits(self) -> bool | None:
+        """By the compiler's figure, or by the estimate and MARGIN; None for CPUs."""
+        if self.memory is None:
+            return None
+        needed = self.peak.bytes * (1 + MARGIN) if self.compiled is None else self.compiled.total_bytes
+        return needed <= self.memory
+
+    @property
+    def mfu_bound(self) -> float | None:
+        """Model flops utilisation (PaLM's, ``training_flops``) of a step that takes no longer than the bound."""
+        if self.bound is None or self.topology.machine is None:
+            return None
+        peak = peak_flops(self.topology.machine.device_kind)
+        assert peak is not None
+        return self.cost.model_flops / (self.bound.seconds * peak * self.topology.num_devices)
+
+
+def make_setup(job: Job, topology: Topology) -> Setup:
+    """Raises InputError for a config that does not fit the topology or itself."""
+    sizes = axis_sizes(job.mesh, topology.num_devices)
+    parts = job.mesh.dcn_data * job.mesh.dcn_fsdp
+    if parts != topology.slices and (topology.hardware.platform == "tpu" or parts > 1):
+        raise InputError(
+            f"mesh: dcn_data {job.mesh.dcn_data} x dcn_fsdp {job.mesh.dcn_fsdp} = {parts}, but {topology.name} has "
+            f"{topology.slices} slice(s). Set mesh.dcn_data={topology.slices}, or other factors of {topology.slices}."
+        )
+    mesh: Any = AbstractMesh(tuple(sizes.values()), AXES)
+    check_shapes(job, mesh)
+    check_routing(job, mesh)
+    return Setup(
+        model=job.model,
+        hardware=topology.hardware,
+        sizes=sizes,
+        rows=job.train.global_batch_size // job.train.accumulation,
+        length=job.data.sequence_length,
+        accumulation=job.train.accumulation,
+        compute_bytes=job.precision.compute_dtype.itemsize,
+        remat=job.train.remat,
+        kernels={kind: choice.name for kind, choice in choose_kernels(job, topology.hardware).items()},
+        loss_chunk_tokens=job.train.loss_chunk_tokens,
+        reduce_in_float32=job.precision.reduce_in_float32,
+    )
+
+
+def make_plan(job: Job, topology_name: str, *, compiles: bool = False) -> Plan:
+    """The estimate, and with ``compiles`` the compiler's own figures too.
+
+    Raises InputError for an unknown topology, a mesh that does not go with it, and a compiler that is not installed.
+    """
+    topology = parse_topology(topology_name)
+    if compiles:
+        topology_devices(topology_name)  # devices of a CPU have to be asked for before JAX looks for any
+    setup = make_setup(job, topology)
+    found = cost(setup, job.mesh, topology)
+    return Plan(
+        topology=topology,
+        setup=setup,
+        kernels=choose_kernels(job, topology.hardware),
+        stages=stages(setup),
+        cost=found,
+        bound=bound(found, topology),
+        compiled=_compiled(job, topology_name) if compiles else None,
+    )
+
+
+def _compiled(job: Job, topology_name: str) -> CompiledStep:
+    program = make_program(job, topology_mesh(job.mesh, topology_name))
+    batch = abstract_batch(job.train.global_batch_size, job.data.sequence_length, job.train.accumulation, program.mesh)
+    return compile_step(program.blueprint, program.execution, program.loss, batch)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """What ``lmjax plan --json`` prints. Bytes and operations are of one device unless they say otherwise."""
+    setup, peak = plan.setup, plan.peak
+    tokens = setup.tokens
+    found: dict[str, Any] = {
+        "topology": plan.topology.name,
+        "devices": plan.topology.num_devices,
+        "mesh": dict(setup.sizes),
+        "parameters": parameter_count(setup.model),
+        "active_parameters": parameter_count(setup.model, active=True),
+        "tokens_per_step": tokens,
+        "attention_kernels": {kind: choice._asdict() for kind, choice in plan.kernels.items()},
+        "estimate_bytes": peak.bytes,
+        "device_bytes": plan.memory,
+        "fits": plan.fits,
+        "margin": MARGIN,
+        "peak": peak.name,
+        "arrays": [array._asdict() for array in sorted(peak.arrays, key=lambda array: -array.bytes)],
+        "stages": {stage.name: stage.bytes for stage in plan.stages},
+        "model_flops": plan.cost.model_flops,
+        "flops": plan.cost.flops,
+        "memory_traffic_bytes": plan.cost.memory_bytes,
+        "traffic": [traffic._asdict() for traffic in plan.cost.traffic],
+        "step_seconds_bound": None,
+        "tokens_per_second_bound": None,
+        "mfu_bound": None,
+        "bounds": None,
+    }
+    if plan.bound is not None:
+        found |= {
+            "step_seconds_bound": plan.bound.seconds,
+            "tokens_per_second_bound": tokens / plan.bound.seconds,
+            "mfu_bound": plan.mfu_bound,
+            "bounds": plan.bound._asdict(),
+        }
+    if plan.compiled is not None:
+        found |= {
+            "compiled_bytes": plan.compiled.total_bytes,
+            "compile_seconds": plan.compiled.seconds,
+            "collectives": {kind: each._asdict() for kind, each in plan.compiled.collectives.items()},
+            "sent": [each._asdict() for each in sent_by_axis(plan.compiled.text, setup.sizes)],
+        }
+    return found

@@ -1,0 +1,117 @@
+"""One device's part of a train step: how much of the batch and of every width of the model it has.
+
+Legend: B rows of a micro-batch on the device, T positions, D embed, N query heads, K kv heads, H head_dim, F hidden of
+the MLP, V vocab.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+from lmjax.hardware import Hardware
+from lmjax.mesh import batch_shards
+from lmjax.models.config import DecoderConfig
+from lmjax.models.remat import RematConfig
+from lmjax.nn.embed import table_rows
+from lmjax.ops.expert_dispatch import capacity_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All that a step's memory and time depend on."""
+
+    model: DecoderConfig
+    hardware: Hardware
+    sizes: Mapping[str, int]
+    """Devices along each axis of the mesh."""
+    rows: int
+    """Of a micro-batch, over all devices."""
+    length: int
+    """Tokens of a row."""
+    accumulation: int
+    """Micro-batches of a step."""
+    compute_bytes: int
+    """Of a number in the compute dtype."""
+    remat: RematConfig
+    kernels: Mapping[str, str]
+    """The attention kernel of each kind of block."""
+    loss_chunk_tokens: int
+    reduce_in_float32: bool = False
+    """Whether gradients of matrices are summed over devices in float32."""
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.rows * self.accumulation * self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What a device has of a micro-batch and of the model's widths, in numbers and in bytes of the compute dtype."""
+
+    setup: Setup
+
+    @functools.cached_property
+    def tensor(self) -> int:
+        return self.setup.sizes["tensor"]
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """B."""
+        return self.setup.rows // batch_shards(self.setup.sizes)
+
+    @functools.cached_property
+    def tokens(self) -> int:
+        """B x T."""
+        return self.rows * self.setup.length
+
+    @functools.cached_property
+    def is_sequence_split(self) -> bool:
+        """Whether the residual stream is split by sequence over ``tensor`` between blocks."""
+        return self.tensor > 1 and self.setup.length % self.tensor == 0
+
+    @functools.cached_property
+    def heads(self) -> int:
+        return self.setup.model.num_heads // self.tensor
+
+    @functools.cached_property
+    def kv_heads(self) -> int:
+        """Those of the projections; attention takes of them what its query heads need."""
+        kv_heads = self.setup.model.kv_heads
+        return kv_heads // self.tensor if kv_heads % self.tensor == 0 else kv_heads
+
+    @functools.cached_property
+    def vocab(self) -> int:
+        """Rows of a table."""
+        return table_rows(self.setup.model.vocab_size) // self.tensor
+
+    @functools.cached_property
+    def expert_rows(self) -> int:
+        """Rows of the experts on this device: as many as could come, or as there are slots."""
+        moe = self.setup.model.moe
+        assert moe is not None
+        if moe.capacity_factor is not None:
+            capacity = capacity_of(self.setup.length, moe.num_experts, moe.experts_per_token, moe.capacity_factor)
+            return moe.num_experts * self.rows * capacity
+        shards = self.setup.sizes["expert"]
+        return shards * self.tokens * min(moe.num_experts // shards, moe.experts_per_token)
+
+    @functools.cached_property
+    def residual(self) -> int:
+        """Bytes of the residual stream between blocks."""
+        return self.whole // (self.tensor if self.is_sequence_split else 1)
+
+    @functools.cached_property
+    def whole(self) -> int:
+        """Bytes of the residual stream with whole sequences."""
+        return self.tokens * self.setup.model.embed_dim * self.setup.compute_bytes
+
+    @functools.cached_property
+    def hidden(self) -> int:
+        """Bytes of the hidden layer of a dense MLP."""
+        return self.tokens * self.setup.model.mlp_dim // self.tensor * self.setup.compute_bytes

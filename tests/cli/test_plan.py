@@ -1,0 +1,134 @@
+"""``lmjax plan``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lmjax.cli.plan import plan
+from lmjax.errors import InputError
+from lmjax.plan.plan import MARGIN
+
+pytestmark = pytest.mark.fast
+
+CONFIG = """\
+run_dir: runs/none
+model: {vocab_size: 4096, max_length: 2048, embed_dim: 512, num_layers: 4, num_heads: 8, mlp_dim: 1536}
+tokenizer: {kind: bytes}
+data: {path: data/none, sources: [{kind: stdlib}], sequence_length: 1024}
+train: {steps: 100, global_batch_size: 16}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    file = tmp_path / "run.yaml"
+    file.write_text(CONFIG)
+    return str(file)
+
+
+def planned(capsys, *arguments, **options) -> dict:
+    plan(*arguments, **options, as_json=True)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_has_what_is_promised(config: str, capsys):
+    found = planned(capsys, config, topology="v5e:2x4")
+    assert found["topology"] == "v5e:2x4"
+    assert found["devices"] == 8
+    assert found["parameters"] == 2 * 4096 * 512 + 512 + 4 * (4 * 512 * 512 + 3 * 512 * 1536 + 2 * 512)
+    assert found["estimate_bytes"] == sum(array["bytes"] for array in found["arrays"]) == max(found["stages"].values())
+    assert found["fits"] is True
+    assert 0 < found["mfu_bound"] <= 1
+    assert found["tokens_per_second_bound"] == pytest.approx(16 * 1024 / found["step_seconds_bound"])
+    assert found["step_seconds_bound"] == max(found["bounds"].values())
+    assert "compiled_bytes" not in found
+    assert not Path("runs/none").exists()
+
+
+def test_a_price_gives_what_the_run_costs_at_least(config: str, capsys):
+    found = planned(capsys, config, topology="v5e:2x4", price=1.2)
+    assert found["run_cost_bound"] == pytest.approx(100 * found["step_seconds_bound"] / 3600 * 8 * 1.2)
+
+
+def test_what_does_not_fit_is_said_not_to(config: str, capsys):
+    many = ["train.global_batch_size=16384"]
+    found = planned(capsys, config, many, topology="v5e:2x4")
+    assert found["fits"] is False
+    plan(config, many, topology="v5e:2x4")
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_an_estimate_fits_with_its_margin_only(config: str, capsys):
+    estimates = [
+        planned(capsys, config, [f"train.global_batch_size={rows}"], topology="v5e:2x4")["estimate_bytes"]
+        for rows in (800, 1600)
+    ]
+    a_row = (estimates[1] - estimates[0]) / 800
+    fits = []
+    for share in (0.87, 0.92, 1.05):
+        rows = round((share * 15.75 * 2**30 - estimates[0]) / a_row + 800) // 8 * 8
+        found = planned(capsys, config, [f"train.global_batch_size={rows}"], topology="v5e:2x4")
+        assert found["estimate_bytes"] / found["device_bytes"] == pytest.approx(share, abs=0.01)
+        fits.append(found["fits"])
+    assert 0.87 < 1 / (1 + MARGIN) < 0.92
+    assert fits == [True, False, False]
+
+
+def test_cpus_have_no_speed_and_no_memory_of_their_own(config: str, capsys):
+    found = planned(capsys, config, topology="cpu:8")
+    assert found["fits"] is None
+    assert found["step_seconds_bound"] is None
+    plan(config, topology="cpu:8")
+    assert "not known for CPUs" in capsys.readouterr().out
+
+
+def test_tables_show_the_same(config: str, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    plan(config, ["mesh.tensor=2"], topology="h200:8", price=3.0)
+    shown = capsys.readouterr().out
+    for part in (
+        "moments of AdamW",
+        "fsdp 4 x tensor 2",
+        "NVLink",
+        "fits with a margin of 12%",
+        "MFU at most",
+        "the run",
+    ):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ([], {"topology": ""}, "--topology is missing"),
+        ([], {"topology": "v5q:2x2"}, "near it are v5"),
+        ([], {"topology": "v5e:3x3"}, "does not come in 3x3"),
+        (["mesh.fsdp=3"], {"topology": "v5e:2x4"}, "mesh: data 1 x fsdp 3"),
+        (["mesh.tensor=16", "mesh.fsdp=1"], {"topology": "v5e:4x4"}, "heads has size 8"),
+        (["train.global_batch_size=12"], {"topology": "v5e:2x4"}, "12 mod 8 = 4"),
+        ([], {"topology": "2xv5e:2x4"}, "Set mesh.dcn_data=2"),
+        (["mesh.dcn_data=2", "mesh.data=2"], {"topology": "v5e:2x4"}, "has 1 slice"),
+        (["train.attention_kernel=splash"], {"topology": "h200:8"}, "'splash' runs on tpu only"),
+        ([], {"topology": "cpu:8", "price": 1.0}, "--price has no effect"),
+        ([], {"topology": "v5e:2x4", "price": -1.0}, "--price is -1.0"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(config: str, overrides: list[str], options: dict, message: str):
+    with pytest.raises(InputError, match=message):
+        plan(config, overrides, **options)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_compilers_own_figures_stand_beside_the_estimate(config: str, capsys, as_json: bool):
+    small = ["data.sequence_length=128", "model.num_layers=2", "train.loss_chunk_tokens=128"]
+    plan(config, small, topology="cpu:8", compiles=True, as_json=as_json)
+    shown = capsys.readouterr().out
+    if as_json:
+        found = json.loads(shown)
+        assert found["compiled_bytes"] == pytest.approx(found["estimate_bytes"], rel=0.5)
+        assert found["collectives"]
+        assert {sent["axes"] for sent in found["sent"]} == {"fsdp"}
+    else:
+        assert "compiled: " in shown
+        assert "% off" in shown
