@@ -86,8 +86,9 @@ test-jax-0.11: ## make test on Python 3.12 or newer with the oldest JAX that it 
 in_newest = $(MAKE) env VENV=$(1) EXTRAS=dev,$(2) PYTHON='$(PYTHON_NEWEST)' && $(1)/bin/python -m pytest -m proof
 
 .PHONY: proof-plan
-proof-plan: ## compile the steps of dense models for 64 TPU v5p chips (Python 3.12 or newer; ten minutes)
+proof-plan: ## compile steps of dense models for 64 TPU v5p chips, and 23 beside their estimates (Python 3.12 or newer; 30 minutes)
 	$(call in_newest,$(VENV_NEWEST),tpu) tests/plan/test_published_steps.py -k "llama3_8b_fits or 64_chips_and"
+	$(VENV_NEWEST)/bin/python -m pytest -m proof -n $(WORKERS) -rP tests/plan/test_memory.py -k "not h200"
 
 .PHONY: proof-kernels
 proof-kernels: env ## 200 drawn cases of each of our kernels in Pallas's interpreters, and that for TPU compiled for five generations
@@ -100,6 +101,7 @@ proof-cuda: ## compile our attention and cuDNN's, and steps with ours, for H200 
 	$(call in_newest,$(VENV_CUDA),cuda13) -n $(WORKERS) tests/ops/test_attention_cudnn.py \
 	  tests/ops/test_attention_flash_hopper_compile.py
 	$(call in_newest,$(VENV_CUDA),cuda13) tests/plan/test_published_steps.py -k 8_h200
+	$(VENV_CUDA)/bin/python -m pytest -m proof -n $(WORKERS) tests/plan/test_memory.py -k h200
 
 .PHONY: proof-moe
 proof-moe: ## compile the steps of Mixtral-8x7B and DeepSeek-V3 for TPU (Python 3.12 or newer; ten minutes, 9 GiB)

@@ -174,7 +174,7 @@ class Case:
         )
 
 
-def drawn(platform: str, seed: int) -> Iterator[Case]:
+def drawn(platform: str, seed: int | str) -> Iterator[Case]:
     """Cases without end, no two alike, that are not refused and fit their devices by the estimate."""
     draw, seen = random.Random(f"{platform} {seed}"), set()
     while True:

@@ -1,5 +1,6 @@
 """``lmjax plan``."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,12 +27,27 @@ Price = Annotated[
     typer.Option("--price", help="What a device costs an hour, in any currency: what the run costs at the bound."),
 ]
 
+Search = Annotated[
+    bool,
+    typer.Option(
+        "--search",
+        help="Go through every mesh, remat policy and number of micro-batches, and rank those that fit by their "
+        "predicted time; with --compile the best are compiled until one fits. The plan is that of the first.",
+    ),
+]
+Write = Annotated[
+    str | None,
+    typer.Option("--write", metavar="FILE", help="With --search: a config with the first of the ranking, to train by."),
+]
+
 
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     topology: Topology = "",
     compiles: Compile = False,
+    searches: Search = False,
+    write: Write = None,
     price: Price = None,
     as_json: AsJson = False,
 ) -> None:
@@ -43,6 +59,10 @@ def plan(
     """
     if not topology:
         raise InputError("--topology is missing: name what to plan for, such as v5p:4x4x4, h200:8 or cpu:8")
+    if write is not None and not searches:
+        raise InputError("--write is for what --search finds; give both, or neither")
+    if write is not None and Path(write).exists():
+        raise InputError(f"--write {write}: is there already, and may be somebody's config; name another file")
     if price is not None and price <= 0:
         raise InputError(f"--price is {price}; it has to be above 0")
     import jax
@@ -51,13 +71,28 @@ def plan(
     from lmjax.config import load
     from lmjax.plan.plan import as_json as to_dict
     from lmjax.plan.plan import make_plan
+    from lmjax.plan.search import chosen
 
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and another process may have the accelerators here
     job = to_job(load(config, overrides or ()))
-    made = make_plan(job, topology, compiles=compiles)
+    found_by_search = None
+    if searches:
+        found_by_search, made = chosen(job, topology, compiles=compiles)
+    else:
+        made = make_plan(job, topology, compiles=compiles)
     if price is not None and made.bound is None:
         raise InputError(f"--price has no effect: how fast {topology} is, is not known. Leave it out.")
     found = to_dict(made)
+    if found_by_search is not None:
+        ranking = found_by_search.fitting
+        found["search"] = {
+            "tried": found_by_search.tried,
+            "fitting": len(ranking),
+            "ranking": [_candidate(candidate) for candidate in ranking[:RANKED]],
+        }
+        if write is not None:
+            _write(write, config, overrides or (), ranking[0].overrides, topology)
+            found["search"]["written"] = write
     if price is not None and made.bound is not None:
         hours = made.bound.seconds / 3600
         found["step_cost_bound"] = cost = price * hours * made.topology.num_devices
@@ -66,9 +101,33 @@ def plan(
 
 
 GIB = 2**30
+RANKED = 10
+"""Candidates of a search that are shown."""
+
+
+def _candidate(candidate: Any) -> dict[str, Any]:
+    return {
+        **candidate.overrides,
+        "estimate_bytes": candidate.estimate_bytes,
+        "step_seconds_predicted": candidate.bound.predicted,
+        "step_seconds_bound": candidate.bound.seconds,
+    }
+
+
+def _write(file: str, config: str, overrides: Any, changes: dict[str, Any], topology: str) -> None:
+    """A config that is ``config`` with overrides, and with what the search found."""
+    from omegaconf import OmegaConf
+
+    base = Path(config).absolute()
+    lines = [f"# {base.name} on {topology}, by lmjax plan --search."]
+    text = OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.from_dotlist(list(overrides)), changes))
+    with open(file, "x", encoding="utf-8") as out:
+        out.write("\n".join([*lines, f"base: {base}", text]))
 
 
 def _print(found: dict[str, Any]) -> None:
+    if "search" in found:
+        _print_ranking(found["search"])
     devices = f"{found['devices']:,} devices of {found['topology']}"
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "1 device"
     rows = [(array["kind"], array["name"], _gib(array["bytes"])) for array in found["arrays"]]
@@ -89,6 +148,17 @@ def _print(found: dict[str, Any]) -> None:
         print(line)
 
 
+def _print_ranking(search: dict[str, Any]) -> None:
+    rows = []
+    for row in search["ranking"]:
+        mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1) or "1 device"
+        remat = "+".join([row["train"]["remat"]["policy"], *row["train"]["remat"].get("save", ())])
+        seconds = f"{row['step_seconds_predicted']:.4g}"
+        rows.append((seconds, mesh, remat, row["train"]["accumulation"], _gib(row["estimate_bytes"])))
+    title = f"The best of {search['fitting']:,} that fit, of {search['tried']:,}"
+    print_table(title, ("predicted seconds", "mesh", "remat", "micro-batches", "GiB"), rows)
+
+
 def _memory_lines(found: dict[str, Any]) -> list[str]:
     estimate, compiled, memory = found["estimate_bytes"], found.get("compiled_bytes"), found["device_bytes"]
     lines = [f"estimate: {_gib(estimate)} GiB a device"]
@@ -106,11 +176,14 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
 def _speed_lines(found: dict[str, Any]) -> list[str]:
     if found["step_seconds_bound"] is None:
         return ["speed: not known for CPUs"]
-    parts = ", ".join(f"{name} {seconds:.4g} s" for name, seconds in found["bounds"].items())
+    bounds = dict(found["bounds"])
+    waited_for = bounds.pop("waited_for")
+    parts = ", ".join(f"{name} {seconds:.4g} s" for name, seconds in bounds.items())
     rate, mfu = f"{found['tokens_per_second_bound']:,.0f} tokens/s", f"{100 * found['mfu_bound']:.0f}% MFU"
     lines = [
         f"a step takes {found['step_seconds_bound']:.4g} s or more: {parts}, all at the hardware's peak and at once",
         f"{rate} and {mfu} at most",
+        f"predicted: {found['step_seconds_predicted']:.4g} s, computing waits {waited_for:.4g} s for other devices",
     ]
     if "run_cost_bound" in found:
         lines.append(f"cost: {found['step_cost_bound']:.4g} a step, {found['run_cost_bound']:,.2f} the run, or more")

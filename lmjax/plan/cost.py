@@ -51,15 +51,19 @@ class Bound(NamedTuple):
     """Inside of a slice or host."""
     network: float
     """Between them."""
+    waited_for: float
+    """What of links and network goes along ``tensor`` and ``expert``: the next product needs it."""
 
     @property
     def seconds(self) -> float:
-        return max(self)
+        """Of a step at least: everything at once."""
+        return max(self.compute, self.memory, self.links, self.network)
 
     @property
-    def limit(self) -> str:
-        """The part that takes longest."""
-        return max(self._fields, key=lambda name: getattr(self, name))
+    def predicted(self) -> float:
+        """The same where a device computes, moves or waits for what it needs next, one after the other, and only what
+        goes along the other axes hides behind that. By it ways to carry out a step are compared."""
+        return max(self.compute + self.memory + self.waited_for, self.links, self.network)
 
 
 def cost(setup: Setup, mesh: MeshConfig, topology: Topology) -> Cost:
@@ -83,13 +87,17 @@ def bound(cost: Cost, topology: Topology) -> Bound | None:
         return None
     peak = peak_flops(machine.device_kind)
     assert peak is not None
-    inside = sum(found.bytes for found in cost.traffic if found.link == LINKS[topology.hardware.platform][0])
-    across = sum(found.bytes for found in cost.traffic) - inside
+    near, _ = LINKS[topology.hardware.platform]
+
+    def seconds(found: Traffic) -> float:
+        return found.bytes / (machine.link_bandwidth if found.link == near else machine.network_bandwidth)
+
     return Bound(
         compute=cost.flops / peak,
         memory=cost.memory_bytes / machine.memory_bandwidth,
-        links=inside / machine.link_bandwidth,
-        network=across / machine.network_bandwidth,
+        links=sum(seconds(found) for found in cost.traffic if found.link == near),
+        network=sum(seconds(found) for found in cost.traffic if found.link != near),
+        waited_for=sum(seconds(found) for found in cost.traffic if found.axis in ("tensor", "expert")),
     )
 
 

@@ -142,6 +142,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "memory_traffic_bytes": plan.cost.memory_bytes,
         "traffic": [traffic._asdict() for traffic in plan.cost.traffic],
         "step_seconds_bound": None,
+        "step_seconds_predicted": None,
         "tokens_per_second_bound": None,
         "mfu_bound": None,
         "bounds": None,
@@ -149,6 +150,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     if plan.bound is not None:
         found |= {
             "step_seconds_bound": plan.bound.seconds,
+            "step_seconds_predicted": plan.bound.predicted,
             "tokens_per_second_bound": tokens / plan.bound.seconds,
             "mfu_bound": plan.mfu_bound,
             "bounds": plan.bound._asdict(),

@@ -184,10 +184,11 @@ def _names() -> Iterator[str]:
     """One slice or host of every generation and shape."""
     for generation, machine in MACHINES.items():
         for shape in machine.shapes:
-            yield f"{generation}:{_sizes_text(shape)}"
+            yield f"{generation}:{sizes_text(shape)}"
 
 
-def _sizes_text(shape: tuple[int, ...]) -> str:
+def sizes_text(shape: tuple[int, ...]) -> str:
+    """As a topology's name has it."""
     return "x".join(map(str, shape[1:] + shape[:1] if shape[0] == 1 else shape))
 
 
@@ -197,7 +198,7 @@ def _shapes_near(topology: Topology) -> str:
     wanted = math.prod(topology.shape)
     fewer = [shape for shape in topology.machine.shapes if math.prod(shape) <= wanted][-2:]
     more = [shape for shape in topology.machine.shapes if math.prod(shape) > wanted][:2]
-    near = ", ".join(f"{topology.generation}:{_sizes_text(shape)}" for shape in (*fewer, *more))
+    near = ", ".join(f"{topology.generation}:{sizes_text(shape)}" for shape in (*fewer, *more))
     if len(topology.machine.shapes[0]) == 1:
         return f"Near it are {near}; several hosts are HOSTSx{topology.generation}:GPUS."
     return f"Near it are {near}; several slices are SLICESx{topology.generation}:SIZES."
@@ -243,7 +244,7 @@ def _tpus(topology: Topology) -> tuple[Any, ...]:
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.generation == "v4":  # its two cores are one device, as JAX has it on such a chip
         options["chip_config_name"] = "megacore"
-    name = f"{topology.generation}:{_sizes_text(topology.shape)}"
+    name = f"{topology.generation}:{sizes_text(topology.shape)}"
     try:
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:

@@ -41,7 +41,9 @@ def test_json_has_what_is_promised(config: str, capsys):
     assert found["fits"] is True
     assert 0 < found["mfu_bound"] <= 1
     assert found["tokens_per_second_bound"] == pytest.approx(16 * 1024 / found["step_seconds_bound"])
-    assert found["step_seconds_bound"] == max(found["bounds"].values())
+    parts = found["bounds"]
+    assert found["step_seconds_bound"] == max(parts[name] for name in ("compute", "memory", "links", "network"))
+    assert found["step_seconds_predicted"] >= found["step_seconds_bound"]
     assert "compiled_bytes" not in found
     assert not Path("runs/none").exists()
 
@@ -98,6 +100,22 @@ def test_tables_show_the_same(config: str, capsys, monkeypatch):
         assert part in shown
 
 
+def test_a_search_is_ranked_and_written_as_a_config_to_train_by(config: str, capsys, tmp_path: Path):
+    file = str(tmp_path / "found.yaml")
+    found = planned(capsys, config, ["train.steps=7"], topology="v5e:2x4", searches=True, write=file)
+    ranking = found["search"]["ranking"]
+    assert len(ranking) == min(10, found["search"]["fitting"])
+    assert found["search"]["tried"] >= found["search"]["fitting"]
+    again = planned(capsys, file, topology="v5e:2x4", price=1.0)
+    assert again["estimate_bytes"] == found["estimate_bytes"] == ranking[0]["estimate_bytes"]
+    assert again["step_seconds_predicted"] == ranking[0]["step_seconds_predicted"]
+    assert again["run_cost_bound"] == pytest.approx(7 * again["step_cost_bound"])
+    with pytest.raises(InputError, match="is there already"):
+        plan(config, topology="v5e:2x4", searches=True, write=file)
+    plan(config, topology="v5e:2x4", searches=True)
+    assert f"of {found['search']['tried']:,}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
@@ -112,6 +130,8 @@ def test_tables_show_the_same(config: str, capsys, monkeypatch):
         (["train.attention_kernel=splash"], {"topology": "h200:8"}, "'splash' runs on tpu only"),
         ([], {"topology": "cpu:8", "price": 1.0}, "--price has no effect"),
         ([], {"topology": "v5e:2x4", "price": -1.0}, "--price is -1.0"),
+        ([], {"topology": "v5e:2x4", "write": "x.yaml"}, "--write is for what --search finds"),
+        ([], {"topology": "cpu:8", "searches": True}, "--search has no effect"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(config: str, overrides: list[str], options: dict, message: str):

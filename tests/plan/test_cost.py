@@ -113,10 +113,20 @@ def test_the_bound_is_the_slowest_part_at_its_peak():
     )
     seconds = bound(found, topology)
     assert seconds is not None
-    assert seconds == pytest.approx(Bound(1.0, 2.0, 3.0, 4.0))
-    assert seconds.seconds == pytest.approx(4.0)
-    assert seconds.limit == "network"
+    assert seconds == pytest.approx(Bound(1.0, 2.0, 3.0, 4.0, 0.0))
+    assert seconds.seconds == seconds.predicted == pytest.approx(4.0)
+    assert seconds._replace(network=0.0, links=0.0).predicted == pytest.approx(3.0)
     assert bound(found, parse_topology("cpu:8")) is None
+
+
+def test_a_step_waits_for_what_goes_along_tensor_and_expert():
+    parts = [Traffic(axis, "x", "ICI", 60 * 10**9) for axis in ("fsdp", "tensor", "expert")]
+    found = Cost(model_flops=1, flops=459 * 10**12, memory_bytes=0, traffic=tuple(parts))
+    seconds = bound(found, parse_topology("v5p:2x2x2"))
+    assert seconds is not None
+    assert seconds.waited_for == pytest.approx(0.2)
+    assert seconds.seconds == pytest.approx(1.0)
+    assert seconds.predicted == pytest.approx(1.2)
 
 
 def test_more_of_everything_takes_no_less_time():

@@ -2,7 +2,10 @@
 
 import dataclasses
 import itertools
+import json
 import math
+import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +161,34 @@ def test_the_estimate_is_near_the_compilers_figure_on_cpus(case: Case):
 def test_the_estimate_is_near_the_compilers_figure_on_tpus(case: Case):
     pytest.importorskip("libtpu")
     assert_near(case)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("case", list(itertools.islice(drawn("tpu", 0), 2, 20)), ids=str)
+def test_the_estimate_is_near_the_compilers_figure_on_many_tpus(case: Case):
+    pytest.importorskip("libtpu")
+    assert_near(case)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("case", list(itertools.islice(drawn("gpu", 0), 20)), ids=str)
+def test_the_estimate_is_near_the_compilers_figure_on_h200(case: Case):
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    assert_near(case)
+
+
+SEED = time.time_ns() if "PYTEST_XDIST_TESTRUNUID" not in os.environ else os.environ["PYTEST_XDIST_TESTRUNUID"]
+"""Another one each time, the same in all workers of a run."""
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("case", list(itertools.islice(drawn("tpu", SEED), 5)), ids=range(5))
+def test_a_case_that_nobody_has_seen(case: Case):
+    """Told, and not judged: that the account was not made to fit a list."""
+    pytest.importorskip("libtpu")
+    found = row(case)
+    print(json.dumps(found))
+    assert found["compiled_bytes"] > 0
 
 
 @pytest.mark.fast
