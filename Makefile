@@ -68,7 +68,7 @@ test: env ## everything that matters in a small form (15 minutes)
 test-all: env ## the slow tests, after make test (20 minutes)
 	$(pytest) -n $(WORKERS) -m slow
 
-.PHONY: test-newest test-newest-fast test-newest-kernels test-jax-0.11
+.PHONY: test-newest test-newest-fast test-newest-kernels test-newest-plan test-jax-0.11
 test-newest: ## make test on Python 3.12 or newer with the newest JAX
 	$(MAKE) test VENV=$(VENV_NEWEST) PYTHON='$(PYTHON_NEWEST)'
 
@@ -78,6 +78,10 @@ test-newest-fast: ## make test-fast on Python 3.12 or newer with the newest JAX
 test-newest-kernels: ## the Hopper kernels in Pallas's interpreter, which JAX has from 0.12 on (5 minutes)
 	$(MAKE) env VENV=$(VENV_NEWEST) PYTHON='$(PYTHON_NEWEST)'
 	$(VENV_NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not proof' tests/ops/test_attention_flash_hopper.py
+
+test-newest-plan: ## the planner's estimates beside what the compilers of the newest JAX say, in a small form (4 minutes)
+	$(MAKE) env VENV=$(VENV_NEWEST) PYTHON='$(PYTHON_NEWEST)'
+	$(VENV_NEWEST)/bin/python -m pytest -n $(WORKERS) -m 'not proof' tests/plan/test_memory.py
 
 test-jax-0.11: ## make test on Python 3.12 or newer with the oldest JAX that it may have
 	$(MAKE) test VENV=$(VENV_JAX_0_11) PYTHON='$(PYTHON_NEWEST)' CONSTRAINTS="'jax==0.11.2'"

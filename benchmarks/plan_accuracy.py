@@ -5,10 +5,11 @@
 
 A case is drawn: one of six models (dense, grouped heads, experts, tied tables, windows, ALiBi), a topology, a mesh that
 divides both, rows, length, remat policy, micro-batches and kernel. Its step is compiled; a row has both figures, bytes
-of one device, and the estimate's error, relative to the compiler's figure: arguments + outputs + temporaries - aliases.
-``--cases`` prints what would be compiled. Needs libtpu, or for GPUs JAX's CUDA plugin.
+of one device, and the estimate's error, relative to the compiler's: arguments + outputs + temporaries - aliases.
+``--cases`` prints what would be compiled. Needs libtpu, or for GPUs JAX's CUDA plugin. ``--table`` estimates the cases
+of a file again, beside the figures that the compilers gave then, and needs neither.
 
-The last line is one JSON object: of the rows of this run, or of the files of ``--table``.
+The last line is one JSON object: of the rows of this run, or of the file of ``--table``.
 """
 
 import argparse
@@ -206,19 +207,35 @@ def drawn(platform: str, seed: int | str) -> Iterator[Case]:
 
 
 def row(case: Case) -> dict[str, Any]:
-    """Both figures of a case."""
+    """Both figures of a case. Raises InputError where the compiler refuses what should fit."""
     plan = make_plan(case.job, case.topology, compiles=True)
     assert plan.compiled is not None
-    compiled, estimate = plan.compiled.total_bytes, plan.peak.bytes
     return {
         **dataclasses.asdict(case),
-        "compiled_bytes": compiled,
-        "estimate_bytes": estimate,
-        "error": round(estimate / compiled - 1, 4),
-        "peak": plan.peak.name,
+        **judged(case, plan.compiled.total_bytes),
         "seconds": round(plan.compiled.seconds, 1),
         "versions": versions(case.topology),
     }
+
+
+def judged(case: Case, compiled_bytes: int) -> dict[str, Any]:
+    """The estimate of a case beside what a compiler said."""
+    peak = make_plan(case.job, case.topology).peak
+    return {
+        "compiled_bytes": compiled_bytes,
+        "estimate_bytes": peak.bytes,
+        "error": round(peak.bytes / compiled_bytes - 1, 4),
+        "peak": peak.name,
+    }
+
+
+def recorded(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file with the estimates of today."""
+    names = [field.name for field in dataclasses.fields(Case)]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [
+        {**found, **judged(Case(**{name: found[name] for name in names}), found["compiled_bytes"])} for found in rows
+    ]
 
 
 def versions(topology: str) -> dict[str, str]:
@@ -253,8 +270,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     if arguments.table is not None:
-        lines = [json.loads(line) for line in arguments.table.read_text().splitlines()]
-        rows = [line for line in lines if "compiled_bytes" in line]
+        rows = recorded(arguments.table)
         for found in sorted(rows, key=lambda found: -abs(found["error"])):
             mesh = " ".join(f"{axis}{found[axis]}" for axis in AXES if found[axis] > 1)
             sizes = f"{found['compiled_bytes'] / 2**30:6.2f} {found['estimate_bytes'] / 2**30:6.2f}"
@@ -263,8 +279,7 @@ def main() -> None:
             print(f"{100 * found['error']:+6.1f}% {sizes}  {where} {batch} {found['policy']:10} {found['kernel']}")
         print(json.dumps(summary(rows)))
         return
-    cases = drawn(arguments.platform, arguments.seed)
-    rows = []
+    cases, rows = drawn(arguments.platform, arguments.seed), []
     for _ in range(arguments.count):
         case = next(cases)
         if arguments.cases:

@@ -161,7 +161,7 @@ def _print_ranking(search: dict[str, Any]) -> None:
 
 def _memory_lines(found: dict[str, Any]) -> list[str]:
     estimate, compiled, memory = found["estimate_bytes"], found.get("compiled_bytes"), found["device_bytes"]
-    lines = [f"estimate: {_gib(estimate)} GiB a device"]
+    lines = [f"estimate: {_gib(estimate)} GiB a device, with the compilers of {found['estimate_of']}"]
     if compiled is not None:
         error = f"the estimate is {100 * (estimate / compiled - 1):+.1f}% off"
         lines.append(f"compiled: {_gib(compiled)} GiB a device in {found['compile_seconds']:.0f} s; {error}")

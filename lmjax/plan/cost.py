@@ -12,8 +12,9 @@ from lmjax.hardware import peak_flops
 from lmjax.mesh import AXES, FSDP_AXES, MeshConfig
 from lmjax.models.config import BlockKind
 from lmjax.models.counts import attention_flops, block_products, training_flops
-from lmjax.plan.memory import FLOAT32, MOMENTS, kept, parameter_numbers
-from lmjax.plan.share import Setup, Share
+from lmjax.plan.memory import MOMENTS, parameter_numbers
+from lmjax.plan.saved import kept
+from lmjax.plan.share import FLOAT32, Setup, Share
 from lmjax.plan.topology import Topology
 
 LINKS = {"tpu": ("ICI", "DCN"), "gpu": ("NVLink", "network"), "cpu": ("memory", "memory")}

@@ -9,33 +9,17 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lmjax.models.config import BlockKind, DecoderConfig
-from lmjax.plan.share import Setup, Share
+from lmjax.ops.attention_chunked import BLOCK
+from lmjax.plan.saved import LANES, Array, kept, saved_by_block, wide
+from lmjax.plan.share import FLOAT32, Setup, Share
 from lmjax.sharding import parameter_spec
 from lmjax.train.state import declared_parameters
 
-Kind = Literal[
-    "parameters", "moments", "batch", "gradients", "saved", "activations", "attention", "logits", "weights", "tables"
-]
-"""``weights`` are copies of parameters: cast, gathered or laid out anew; ``tables`` those of the vocabulary, and their
-gradients before they are summed over devices."""
-
 MOMENTS = 2
 """Of AdamW, as many arrays as parameters."""
-FLOAT32 = 4
-CHUNK = 512
-LANES = 128
-"""Numbers in the last dimension of a tile of a TPU's memory: fewer are filled up."""
-
-
-class Array(NamedTuple):
-    """An array of one device, or several that live and die together."""
-
-    kind: Kind
-    name: str
-    bytes: int
 
 
 class Stage(NamedTuple):
@@ -143,84 +127,6 @@ def _saved(share: Share) -> Iterator[Array]:
             yield Array("saved", f"{array.name} of {number} blocks", number * array.bytes)
 
 
-def saved_by_block(share: Share, kind: BlockKind) -> Iterator[Array]:
-    """What the backward pass of one block finds in the device's memory."""
-    remat = share.setup.remat
-    model = share.setup.model
-    if remat.policy == "none":
-        yield from _everything(share, kind)
-        return
-    yield Array("saved", "block_input", share.residual)
-    values = _attention_values(share)
-    if "attention_out" in kept(share.setup):
-        wide = _wide(model.value_width) if share.setup.hardware.platform == "tpu" else 1  # saved as the kernel gives it
-        yield Array("saved", "attention_out", round(values.out * wide) + values.statistics)
-    names = {"query": values.query, "key": values.key, "value": values.value}
-    sizes = _hidden(share, kind)
-    if model.mlp_gated:
-        names["mlp_gate"] = sizes.hidden
-    names |= {"mlp_up": sizes.hidden, "mlp_hidden": sizes.hidden}
-    if remat.policy == "dots":
-        del names["mlp_hidden"]
-        # Of results that are only added to something, no gradient needs the value.
-        is_read = model.residual == "sequential" or model.norm_placement != "pre"
-        names["attention's output"] = share.residual if is_read else 0
-        names["the MLP's output"] = share.residual if model.norm_placement != "pre" else 0
-        names["the experts' output"] = sizes.rows  # for the gradient of a token's weights
-    for name, num_bytes in names.items():
-        if name in kept(share.setup) or remat.policy == "dots":
-            yield Array("saved", name, num_bytes)
-
-
-def kept(setup: Setup) -> frozenset[str]:
-    """The tagged values that the backward pass finds on the device, where the policy goes by tags."""
-    remat = setup.remat
-    match remat.policy:
-        case "attention":
-            return frozenset({"attention_out"})
-        case "dots":
-            return frozenset({"mlp_gate", "mlp_up"})
-        case "save":
-            return frozenset(remat.save)
-    return frozenset()
-
-
-def _everything(share: Share, kind: BlockKind) -> Iterator[Array]:
-    """What JAX keeps of a block where nothing is computed again: besides what is tagged, norms in float32."""
-    values, c = _attention_values(share), share.setup.compute_bytes
-    # Of each norm, its input in float32 and that input divided by its deviation; the block's input is not kept besides.
-    yield Array("saved", "inside of norms", 4 * share.residual // c * FLOAT32)
-    yield Array("saved", "inputs of attention and MLP", 2 * share.whole)
-    masked = values.out if share.setup.kernels[kind.attention] in ("splash", "chunked", "reference") else 0
-    saved = values.query + values.key + values.value + values.out + masked + values.statistics
-    yield Array("saved", "attention", saved)
-    number = 6 if share.setup.model.mlp_gated else 4
-    yield Array("saved", "inside of the MLP", number * _hidden(share, kind).hidden)
-
-
-class _AttentionValues(NamedTuple):
-    """Bytes."""
-
-    query: int
-    key: int
-    value: int
-    out: int
-    statistics: int
-    """The logarithm of the normaliser of every query and head, float32."""
-
-
-def _attention_values(share: Share) -> _AttentionValues:
-    model, c = share.setup.model, share.setup.compute_bytes
-    heads, kv_heads = share.heads * share.tokens, share.kv_heads * share.tokens
-    return _AttentionValues(
-        query=heads * model.head_width * c,
-        key=kv_heads * model.head_width * c,
-        value=kv_heads * model.value_width * c,
-        out=heads * model.value_width * c,
-        statistics=heads * FLOAT32,
-    )
-
-
 def _accumulated(share: Share) -> Iterator[Array]:
     setup = share.setup
     if setup.accumulation == 1:
@@ -287,29 +193,6 @@ def _blocks(share: Share, pattern: tuple[BlockKind, ...]) -> tuple[tuple[Array, 
     return tuple(tuple(_block_cpu(share, kind)) for kind in dict.fromkeys(pattern))
 
 
-class _Hidden(NamedTuple):
-    """Bytes of arrays of the feed-forward half."""
-
-    hidden: int
-    """Of the hidden layer of the MLP, or of the experts on this device."""
-    rows: int
-    """Of the experts' input or output; 0 without experts."""
-    matrix: int
-    """Of a gathered matrix."""
-
-
-def _hidden(share: Share, kind: BlockKind) -> _Hidden:
-    model, c = share.setup.model, share.setup.compute_bytes
-    if kind.mlp == "dense":
-        return _Hidden(share.hidden, 0, model.embed_dim * model.mlp_dim // share.tensor * c)
-    assert model.moe is not None
-    width = model.expert_dim // share.tensor
-    experts = model.moe.num_experts // share.setup.sizes["expert"]
-    shared = share.tokens * (model.moe.shared_dim or 0) // share.tensor * c
-    rows = share.expert_rows
-    return _Hidden(rows * width * c + shared, rows * model.embed_dim * c, experts * model.embed_dim * width * c)
-
-
 def _block_tpu(share: Share, kind: BlockKind) -> Iterator[Array]:
     """At the gradient of the hidden layer. What attention needs to go backward was computed for the MLP's input."""
     model, remat = share.setup.model, share.setup.remat
@@ -317,7 +200,7 @@ def _block_tpu(share: Share, kind: BlockKind) -> Iterator[Array]:
     yield Array("activations", "residual stream, input and gradient", 4 * share.residual)
     if share.is_sequence_split:
         yield Array("activations", "input of the MLP and gradient, whole sequences", 2 * share.whole)
-    yield Array("weights", "matrices of the MLP, gathered", 2 * _hidden(share, kind).matrix)
+    yield Array("weights", "matrices of the MLP, gathered", 2 * share.feed_forward(kind).matrix)
     if remat.policy != "none":
         yield from _recomputed_attention_tpu(share, kind)
     if model.position == "rope":
@@ -332,25 +215,19 @@ def _hidden_values(
     for kind in pattern:
         number = dense if kind.mlp == "dense" else experts
         number = 2 if share.setup.remat.policy == "none" else number - saved
-        sizes = _hidden(share, kind)
+        sizes = share.feed_forward(kind)
         yield Array("activations", "hidden layer and its gradient", number * sizes.hidden)
         yield Array("activations", "rows of the experts", rows * sizes.rows)
 
 
-def _wide(head_dim: int) -> float:
-    """By how much a kernel's array is larger than its numbers: it has a head's dimensions last, and tiles of a TPU's
-    memory hold a multiple of 128 numbers."""
-    return -(-head_dim // LANES) * LANES / head_dim
-
-
 def _recomputed_attention_tpu(share: Share, kind: BlockKind) -> Iterator[Array]:
-    model, saved, values = share.setup.model, kept(share.setup), _attention_values(share)
+    model, saved, values = share.setup.model, kept(share.setup), share.attention
     kernel = share.setup.kernels[kind.attention]
-    wide, wide_values = _wide(model.head_width), _wide(model.value_width)
+    wide_heads, wide_values = wide(model.head_width), wide(model.value_width)
     yield Array("attention", "attention's result", values.out)
     if "attention_out" in saved:
         return
-    for name, factor in (("query", wide), ("key", wide), ("value", wide_values)):
+    for name, factor in (("query", wide_heads), ("key", wide_heads), ("value", wide_values)):
         if name not in saved:
             yield Array("attention", name, round(getattr(values, name) * factor))
     if kernel == "splash":
@@ -373,7 +250,7 @@ def _blocks_gpu(share: Share, pattern: tuple[BlockKind, ...], at: str) -> Iterat
     yield Array("activations", "whole sequences", whole * share.whole)
     if model.norm_placement == "sandwich":
         yield Array("activations", "inside of norms", 3 * len(pattern) * share.residual // c * FLOAT32)
-    values = _attention_values(share)
+    values = share.attention
     heads = values.query + values.key + values.value
     if at == "attention":
         yield Array("attention", "queries, keys, values", heads * len(pattern))
@@ -381,7 +258,7 @@ def _blocks_gpu(share: Share, pattern: tuple[BlockKind, ...], at: str) -> Iterat
     yield Array("attention", "gradients of queries, keys, values", heads)
     if share.setup.kernels[pattern[-1].attention] == "chunked" and at == "attention":
         yield Array("attention", "sums of these gradients in float32", heads // c * FLOAT32)
-        pairs = share.rows * share.heads * CHUNK * CHUNK
+        pairs = share.rows * share.heads * BLOCK * BLOCK
         yield Array("attention", "scores of a pair of blocks", pairs * (2 * FLOAT32 + 3 * c))
     yield Array("weights", "matrices of attention, gathered", 2 * model.embed_dim * share.heads * model.head_width * c)
 
@@ -389,11 +266,11 @@ def _blocks_gpu(share: Share, pattern: tuple[BlockKind, ...], at: str) -> Iterat
 def _block_cpu(share: Share, kind: BlockKind) -> Iterator[Array]:
     """While attention goes backward. Products want both operands with what they sum over last: some are kept twice."""
     model, c = share.setup.model, share.setup.compute_bytes
-    values = _attention_values(share)
+    values = share.attention
     yield from _hidden_values(share, (kind,), 7 if c == FLOAT32 else 5, 6, 5)
     yield Array("activations", "residual stream, input and gradient", 5 * share.residual // c * FLOAT32)
     yield Array("activations", "whole sequences", 3 * share.whole)
     yield Array("attention", "sums of gradients", (values.query + values.key + values.value) // c * FLOAT32)
     yield Array("attention", "queries, keys, values", 2 * values.query + values.key + values.value + values.out)
-    yield Array("weights", "matrices of the MLP, gathered", 2 * _hidden(share, kind).matrix)
+    yield Array("weights", "matrices of the MLP, gathered", 2 * share.feed_forward(kind).matrix)
     yield Array("tables", "zeros of the embedding's gradient", share.vocab * model.embed_dim * FLOAT32)

@@ -8,13 +8,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from lmjax.hardware import Hardware
 from lmjax.mesh import batch_shards
-from lmjax.models.config import DecoderConfig
+from lmjax.models.config import BlockKind, DecoderConfig
 from lmjax.models.remat import RematConfig
 from lmjax.nn.embed import table_rows
 from lmjax.ops.expert_dispatch import capacity_of
+
+FLOAT32 = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,50 @@ class Share:
         return self.tokens * self.setup.model.embed_dim * self.setup.compute_bytes
 
     @functools.cached_property
-    def hidden(self) -> int:
-        """Bytes of the hidden layer of a dense MLP."""
-        return self.tokens * self.setup.model.mlp_dim // self.tensor * self.setup.compute_bytes
+    def attention(self) -> "AttentionBytes":
+        model, c = self.setup.model, self.setup.compute_bytes
+        heads, kv_heads = self.heads * self.tokens, self.kv_heads * self.tokens
+        return AttentionBytes(
+            query=heads * model.head_width * c,
+            key=kv_heads * model.head_width * c,
+            value=kv_heads * model.value_width * c,
+            out=heads * model.value_width * c,
+            statistics=heads * FLOAT32,
+        )
+
+    def feed_forward(self, kind: BlockKind) -> "FeedForwardBytes":
+        """Of a block's MLP, or its experts and what they have beside them."""
+        model, moe, c = self.setup.model, self.setup.model.moe, self.setup.compute_bytes
+        if kind.mlp == "dense" or moe is None:
+            width = model.mlp_dim // self.tensor
+            return FeedForwardBytes(self.tokens * width * c, 0, model.embed_dim * width * c)
+        width = model.expert_dim // self.tensor
+        experts = moe.num_experts // self.setup.sizes["expert"]
+        shared = self.tokens * (moe.shared_dim or 0) // self.tensor * c
+        return FeedForwardBytes(
+            hidden=self.expert_rows * width * c + shared,
+            rows=self.expert_rows * model.embed_dim * c,
+            matrix=experts * model.embed_dim * width * c,
+        )
+
+
+class AttentionBytes(NamedTuple):
+    """What a block's attention works on."""
+
+    query: int
+    key: int
+    value: int
+    out: int
+    statistics: int
+    """The logarithm of the normaliser of every query and head, float32."""
+
+
+class FeedForwardBytes(NamedTuple):
+    """What the feed-forward half of a block works on."""
+
+    hidden: int
+    """The hidden layer of the MLP, or of the experts on this device."""
+    rows: int
+    """The experts' input or output; 0 without experts."""
+    matrix: int
+    """A gathered matrix, or those of all experts on this device."""

@@ -6,19 +6,22 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.plan_accuracy import GOAL, MODELS, POLICIES, Case, drawn, row
+import benchmarks.plan_accuracy
+from benchmarks.plan_accuracy import GOAL, MODELS, POLICIES, TOPOLOGIES, Case, drawn, judged, recorded, row, summary
 from lmjax.mesh import AXES, MeshConfig, make_mesh
 from lmjax.models.decoder import Execution
 from lmjax.nn.moe import MoEConfig
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
-from lmjax.plan.memory import peak, saved_by_block, stages
-from lmjax.plan.plan import make_setup
+from lmjax.plan.memory import peak, stages
+from lmjax.plan.plan import COMPILERS, MARGIN, make_setup
+from lmjax.plan.saved import saved_by_block
 from lmjax.plan.share import Setup, Share
 from lmjax.plan.topology import parse_topology
 from lmjax.sharding import leaf_report
@@ -90,21 +93,25 @@ def accounted_bytes(case: Case) -> int:
 
 SAVED = [
     pytest.param(case_of(model, policy, **mesh), id=f"{model}-{policy}-{'-'.join(mesh)}")
-    for model, policy, mesh in itertools.product(
-        MODELS, ("full", "attention", "dots", "heads"), ({"fsdp": 8}, {"fsdp": 4, "tensor": 2})
-    )
+    for model, policy, mesh in itertools.product(MODELS, POLICIES, ({"fsdp": 8}, {"fsdp": 4, "tensor": 2}))
 ]
+
+
+def assert_saved_is_stacked(case: Case) -> None:
+    """But for what has one number a token, of which there is more where everything is kept."""
+    tolerance = 5e-3 if case.policy == "none" else 1e-3
+    assert accounted_bytes(case) == pytest.approx(stacked_bytes(case), rel=tolerance)
 
 
 @pytest.mark.parametrize("case", SAVED[::7])
 def test_what_is_saved_is_what_jax_stacks(case: Case):
-    assert accounted_bytes(case) == pytest.approx(stacked_bytes(case), rel=1e-3)
+    assert_saved_is_stacked(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SAVED)
 def test_what_is_saved_is_what_jax_stacks_whatever_the_policy(case: Case):
-    assert accounted_bytes(case) == pytest.approx(stacked_bytes(case), rel=1e-3)
+    assert_saved_is_stacked(case)
 
 
 def test_another_policy_stacks_something_else():
@@ -140,7 +147,28 @@ def test_slots_of_experts_count_by_the_capacity():
     assert Share(setup_of(case_of("experts", fsdp=2, expert=4))).expert_rows == 4 * 3 * 2048 * 2
 
 
+RECORD = Path(benchmarks.plan_accuracy.__file__).parent / "results" / "plan_accuracy.jsonl"
+
+
+@pytest.mark.fast
+def test_what_compilers_said_is_near_what_is_estimated_today():
+    rows = recorded(RECORD)
+    assert len(rows) >= 60
+    assert {found["model"] for found in rows} == set(MODELS)
+    assert {found["policy"] for found in rows} == set(POLICIES)
+    assert {found["topology"] for found in rows} >= set(itertools.chain(*TOPOLOGIES.values()))
+    found = summary(rows)
+    assert found["mean_error"] < GOAL["mean"]
+    assert found["worst_error"] < GOAL["worst"] == MARGIN
+    # Another estimate, of what a device would hold with half of the positions, is far from it.
+    case = Case(**{field.name: rows[0][field.name] for field in dataclasses.fields(Case)})
+    shorter = dataclasses.replace(case, length=case.length // 2)
+    assert abs(judged(shorter, rows[0]["compiled_bytes"])["error"]) > 2 * GOAL["worst"]
+
+
 def assert_near(case: Case) -> None:
+    if tuple(map(int, jax.__version__.split(".")[:2])) < COMPILERS:
+        pytest.skip(f"the account is of the compilers of JAX {'.'.join(map(str, COMPILERS))}")
     found = row(case)
     assert abs(found["error"]) < GOAL["worst"], found
 
