@@ -165,7 +165,9 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
     if compiled is not None:
         error = f"the estimate is {100 * (estimate / compiled - 1):+.1f}% off"
         lines.append(f"compiled: {_gib(compiled)} GiB a device in {found['compile_seconds']:.0f} s; {error}")
-    if memory is not None:
+    if memory is not None and found["fits"] is None:
+        lines.append("whether it fits is for --compile to say: latent attention is not in the estimate")
+    elif memory is not None:
         by = "as compiled" if compiled is not None else f"with a margin of {100 * found['margin']:.0f}%"
         needed = estimate if compiled is None else compiled
         verdict = "fits" if found["fits"] else "does not fit"

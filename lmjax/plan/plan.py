@@ -50,8 +50,9 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """By the compiler's figure, or by the estimate and MARGIN; None for CPUs."""
-        if self.memory is None:
+        """By the compiler's figure, or by the estimate and MARGIN; None for CPUs, and for latent attention, of whose
+        vectors the estimate has no account yet, where only the compiler can say."""
+        if self.memory is None or (self.compiled is None and self.setup.model.latent is not None):
             return None
         needed = self.peak.bytes * (1 + MARGIN) if self.compiled is None else self.compiled.total_bytes
         return needed <= self.memory

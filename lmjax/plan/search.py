@@ -67,6 +67,11 @@ def search(job: Job, topology: Topology) -> Found:
     machine = topology.machine
     if machine is None:
         raise InputError(f"--search has no effect: how fast {topology.name} is, is not known. Name TPUs or GPUs.")
+    if job.model.latent is not None:
+        raise InputError(
+            "--search cannot tell what fits: the estimate has no account of latent attention (model.latent). Plan one "
+            "mesh at a time, with --compile."
+        )
     fitting, tried, least, refusal = [], 0, None, None
     for mesh, accumulation in itertools.product(meshes(job, topology), divisors(job.train.global_batch_size)):
         for remat in POLICIES:

@@ -85,6 +85,15 @@ def test_cpus_have_no_speed_and_no_memory_of_their_own(config: str, capsys):
     assert "not known for CPUs" in capsys.readouterr().out
 
 
+def test_what_the_estimate_has_no_account_of_is_left_to_the_compiler(config: str, capsys):
+    latent = ["model.head_dim=64", "model.latent={kv_rank: 64, rope_dim: 16, value_dim: 64}"]
+    assert planned(capsys, config, latent, topology="v5e:2x4")["fits"] is None
+    plan(config, latent, topology="v5e:2x4")
+    assert "for --compile to say" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no account of latent attention"):
+        plan(config, latent, topology="v5e:2x4", searches=True)
+
+
 def test_tables_show_the_same(config: str, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     plan(config, ["mesh.tensor=2"], topology="h200:8", price=3.0)
