@@ -55,7 +55,8 @@ def _backward(dtype, residuals, dx_BTD):
         rows_BT = jnp.where(held_BT, rows_BT, num_rows)  # beyond the table: dropped
         table_VD = jnp.zeros((num_rows, dx_BTD.shape[2]), jnp.float32)
         table_VD = table_VD.at[rows_BT].add(dx_BTD.astype(jnp.float32), mode="drop")
-        return jax.lax.psum_scatter(jax.lax.psum(table_VD, "data"), FSDP_AXES, scatter_dimension=1, tiled=True)
+        # Split first: over data, which may be the slow network, then goes a part and not the whole table.
+        return jax.lax.psum(jax.lax.psum_scatter(table_VD, FSDP_AXES, scatter_dimension=1, tiled=True), "data")
 
     dtable_VD = jax.shard_map(local, in_specs=(dx_spec, _TOKENS), out_specs=_TABLE)(dx_BTD, tokens_BT)
     return dtable_VD.astype(table_VD.dtype), None

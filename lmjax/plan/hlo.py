@@ -203,8 +203,9 @@ def _collectives(text: str) -> Iterator[_Found]:
             kind = "reduce-scatter"
         operands = re.findall(r"%([\w.\-]+)", instruction.arguments.partition(")")[0])
         operand_bytes = sum(num_bytes(types.get(name, "")) for name in operands)
-        # The type of a start holds operands, results and what the device notes, of which only the sizes are known.
-        is_start = instruction.kind.endswith("-start") and kind != "all-reduce"
+        # The type of a start holds operands, results and what the device notes, of which only the sizes are known; that
+        # of an all-reduce has its operands in a tuple of their own, or only results.
+        is_start = instruction.kind.endswith("-start") and (kind != "all-reduce" or instruction.type.startswith("(("))
         result_bytes = num_bytes(instruction.type) - (operand_bytes if is_start else 0)
         yield _Found(kind, instruction.computation, max(operand_bytes, result_bytes), instruction.arguments)
 

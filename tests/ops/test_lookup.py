@@ -5,6 +5,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lmjax.ops.lookup import lookup
+from lmjax.plan.hlo import sent_by_axis
 from tests.ops.sharded import BATCH, run_on
 
 VOCAB, EMBED = 64, 16
@@ -46,3 +47,16 @@ def test_gradient_of_a_frequent_token_is_summed_in_float32(mesh_2x2x2, table):
     in_bfloat16 = jnp.zeros(VOCAB, jnp.bfloat16).at[tokens.reshape(-1)].add(jnp.bfloat16(1))
     assert np.all(np.asarray(found)[0] == tokens.size)
     assert in_bfloat16[0] < tokens.size
+
+
+def test_what_goes_over_data_is_a_part_of_the_tables_gradient(mesh_2x2x2, table):
+    tokens = np.zeros((8, 16), np.int32)
+    placed = [(table, TABLE), (tokens, TOKENS)]
+    with jax.set_mesh(mesh_2x2x2):
+        arrays = [jax.device_put(array, jax.NamedSharding(mesh_2x2x2, spec)) for array, spec in placed]
+        gradient = jax.jit(jax.grad(lambda table, tokens: lookup(table, tokens, jnp.dtype("float32")).sum()))
+        program = gradient.lower(*arrays).compile().as_text()
+    sent = {(each.axes, each.kind): each.bytes for each in sent_by_axis(program, mesh_2x2x2.shape)}
+    whole = VOCAB // 2 * EMBED * 4  # of a device, before it is split over fsdp
+    (over_data,) = (num_bytes for (axes, _), num_bytes in sent.items() if axes == "data")
+    assert over_data == whole // 2

@@ -111,6 +111,22 @@ def test_bytes_of_types(type_: str, expected: int):
     assert num_bytes(type_) == expected
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("type_", ["f32[8,16]{1,0}", "((f32[8,16]{1,0}), f32[8,16]{1,0})"])
+def test_an_all_reduce_that_starts_counts_once_whichever_way_its_type_is_written(type_: str):
+    text = f"""\
+HloModule jit_step
+
+ENTRY %main (a: f32[8,16]) -> f32[8,16] {{
+  %a = f32[8,16]{{1,0}} parameter(0)
+  %start = {type_} all-reduce-start(%a), replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %done = f32[8,16]{{1,0}} all-reduce-done(%start)
+}}
+"""
+    assert collectives(text) == {"all-reduce": Collective(1, 8 * 16 * 4)}
+    assert sent_by_axis(text, MESH) == [Sent("data+fsdp+tensor", "all-reduce", 1, 2 * 7 * 8 * 16 * 4 // 8)]
+
+
 LOOPS = """\
 HloModule jit_step, num_partitions=8
 
