@@ -69,7 +69,7 @@ def kept(setup: Setup) -> frozenset[str]:
     return frozenset()
 
 
-INSIDE = {"silu": 4, "gelu": 4, "gelu_tanh": 6, "relu": 1}
+INSIDE = {"silu": 4, "gelu": 4, "gelu_tanh": 5, "relu": 1}
 """Arrays as large as the hidden layer that JAX keeps of an activation and its result, if nothing is computed again."""
 
 

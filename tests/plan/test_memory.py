@@ -97,8 +97,15 @@ SAVED = [
 ]
 
 
+def needs_the_compilers_of_the_account() -> None:
+    if tuple(map(int, jax.__version__.split(".")[:2])) < COMPILERS:
+        pytest.skip(f"the account is of the compilers of JAX {'.'.join(map(str, COMPILERS))}")
+
+
 def assert_saved_is_stacked(case: Case) -> None:
     """But for what has one number a token, of which there is more where everything is kept."""
+    if case.policy == "none":  # JAX 0.10 keeps more of some activations
+        needs_the_compilers_of_the_account()
     tolerance = 5e-3 if case.policy == "none" else 1e-3
     assert accounted_bytes(case) == pytest.approx(stacked_bytes(case), rel=tolerance)
 
@@ -167,8 +174,7 @@ def test_what_compilers_said_is_near_what_is_estimated_today():
 
 
 def assert_near(case: Case) -> None:
-    if tuple(map(int, jax.__version__.split(".")[:2])) < COMPILERS:
-        pytest.skip(f"the account is of the compilers of JAX {'.'.join(map(str, COMPILERS))}")
+    needs_the_compilers_of_the_account()
     found = row(case)
     assert abs(found["error"]) < GOAL["worst"], found
 
