@@ -90,7 +90,7 @@ test-jax-0.11: ## make test on Python 3.12 or newer with the oldest JAX that it 
 in_newest = $(MAKE) env VENV=$(1) EXTRAS=dev,$(2) PYTHON='$(PYTHON_NEWEST)' && $(1)/bin/python -m pytest -m proof
 
 .PHONY: proof-plan
-proof-plan: ## compile steps of dense models for 64 TPU v5p chips, and 23 beside their estimates (Python 3.12 or newer; 30 minutes)
+proof-plan: ## compile steps of dense models for 64 TPU v5p chips, and 24 beside their estimates (Python 3.12 or newer; 30 minutes)
 	$(call in_newest,$(VENV_NEWEST),tpu) tests/plan/test_published_steps.py -k "llama3_8b_fits or 64_chips_and"
 	$(VENV_NEWEST)/bin/python -m pytest -m proof -n $(WORKERS) -rP tests/plan/test_memory.py -k "not h200"
 

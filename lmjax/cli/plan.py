@@ -183,12 +183,13 @@ def _speed_lines(found: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {seconds:.4g} s" for name, seconds in bounds.items())
     rate, mfu = f"{found['tokens_per_second_bound']:,.0f} tokens/s", f"{100 * found['mfu_bound']:.0f}% MFU"
     lines = [
-        f"a step takes {found['step_seconds_bound']:.4g} s or more: {parts}, all at the hardware's peak and at once",
-        f"{rate} and {mfu} at most",
+        f"a step at the hardware's peak, everything at once: {found['step_seconds_bound']:.4g} s ({parts})",
+        f"at that peak {rate} and {mfu}",
         f"predicted: {found['step_seconds_predicted']:.4g} s, computing waits {waited_for:.4g} s for other devices",
     ]
     if "run_cost_bound" in found:
-        lines.append(f"cost: {found['step_cost_bound']:.4g} a step, {found['run_cost_bound']:,.2f} the run, or more")
+        cost = f"{found['step_cost_bound']:.4g} a step, {found['run_cost_bound']:,.2f} the run"
+        lines.append(f"cost at that peak: {cost}")
     return lines
 
 

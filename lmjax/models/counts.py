@@ -43,12 +43,8 @@ def training_flops(config: DecoderConfig, batch_size: int, length: int) -> int:
 
 def attention_flops(config: DecoderConfig, kind: BlockKind, length: int) -> int:
     """Operations of a block's attention for one row, forward: scores and weighted values."""
-    return (
-        2
-        * config.num_heads
-        * (config.head_width + config.value_width)
-        * _visible_keys(length, config.window(kind.attention))
-    )
+    per_key = 2 * config.num_heads * (config.head_width + config.value_width)
+    return per_key * _visible_keys(length, config.window(kind.attention))
 
 
 class Products(NamedTuple):

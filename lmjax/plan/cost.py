@@ -1,7 +1,7 @@
-"""What a train step has to compute, to move and to send, in closed form, and the least time that takes.
+"""What a train step has to compute, to move and to send, in closed form, and the time of that at the hardware's peak.
 
-A bound, not a forecast: every part runs at the hardware's peak and hides behind the slowest. A step that takes twice
-the bound loses the other half to what is not here: kernels below peak, sends that wait, gaps.
+Not a forecast: kernels stay below the peak and sends wait, which is not here; and where a compiler finds a way to move
+or to send less than is counted, that part takes less.
 """
 
 import math
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
     flops: int
     """Of one device, with it."""
     memory_bytes: int
-    """That a device reads and writes of its memory, at least."""
+    """That a device reads and writes of its memory."""
     traffic: tuple[Traffic, ...]
 
 
@@ -57,7 +57,7 @@ class Bound(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of a step at least: everything at once."""
+        """Of a step with everything at once."""
         return max(self.compute, self.memory, self.links, self.network)
 
     @property
@@ -136,13 +136,10 @@ def _memory_bytes(share: Share) -> int:
     passes = 2 if setup.remat.policy == "none" else 3
     matrices = 2 * passes * gathered * setup.accumulation
     model, values = setup.model, 0
+    heads = share.attention.query + share.attention.key + share.attention.value + share.attention.out
     for kind in model.blocks:
-        width = model.mlp_dim if kind.mlp == "dense" else 0
-        hidden = (3 if model.mlp_gated else 2) * share.tokens * width // share.tensor
-        if kind.mlp == "moe":
-            hidden = (3 if model.mlp_gated else 2) * share.expert_rows * model.expert_dim // share.tensor
-        heads = share.tokens * (2 * share.heads + 2 * share.kv_heads) * model.head_width
-        values += (4 * share.tokens * model.embed_dim + hidden + heads) * setup.compute_bytes
+        hidden = (3 if model.mlp_gated else 2) * share.feed_forward(kind).hidden
+        values += 4 * share.whole + hidden + heads
     logits = share.tokens * share.vocab * FLOAT32
     return update + matrices + 3 * (passes * values + 2 * logits) * setup.accumulation
 
@@ -151,9 +148,7 @@ def _traffic(share: Share, mesh: MeshConfig, topology: Topology) -> Iterator[Tra
     setup, c = share.setup, share.setup.compute_bytes
     numbers, A = parameter_numbers(setup), setup.accumulation
     passes = 1 if setup.remat.policy == "none" else 2
-    fsdp = math.prod(setup.sizes[axis] for axis in FSDP_AXES)
     reduced = FLOAT32 if setup.reduce_in_float32 else c
-    table = share.vocab * setup.model.embed_dim
 
     def over(axis: str, what: str, num_bytes: float) -> Iterator[Traffic]:
         """``num_bytes`` is all that the devices of the axis have together of what each gets, or gives up, the whole."""
@@ -166,24 +161,26 @@ def _traffic(share: Share, mesh: MeshConfig, topology: Topology) -> Iterator[Tra
 
     matrices = numbers.matrices * setup.sizes["fsdp"]
     for axis in FSDP_AXES:
-        # Over expert go the matrices that are no expert's.
-        part = matrices if axis == "fsdp" else (numbers.matrices - numbers.experts) * fsdp
+        # Over expert goes, after fsdp, what is no expert's.
+        part = matrices if axis == "fsdp" else (numbers.matrices - numbers.experts) * share.fsdp
+        table = share.table // (setup.sizes["expert"] if axis == "fsdp" else 1)
         yield from over(axis, "matrices gathered", A * (passes + 1) * part * c)
         yield from over(axis, "gradients summed and split", A * part * reduced)
         yield from over(axis, "tables gathered, their gradients summed", A * table * (2 * c + 2 * FLOAT32))
-    yield from over("data", "gradients summed", A * 2 * (numbers.layers * reduced + 2 * table // fsdp * FLOAT32))
+    yield from over(
+        "data", "gradients summed", A * 2 * (numbers.layers * reduced + 2 * share.table // share.fsdp * FLOAT32)
+    )
+    number = len(setup.model.blocks) * A * share.whole
     if share.is_sequence_split:
-        number = len(setup.model.blocks) * A * share.whole
         yield from over("tensor", "residual stream gathered", (2 + 2 * (passes - 1) + 2) * number)
         yield from over("tensor", "residual stream summed and split", (2 + (passes - 1) + 2) * number)
     elif share.tensor > 1:
-        yield from over(
-            "tensor", "residual stream summed", 2 * (4 + passes - 1) * len(setup.model.blocks) * A * share.whole
-        )
+        yield from over("tensor", "residual stream summed", 2 * (4 + passes - 1) * number)
     for kind in setup.model.blocks:
         if kind.mlp == "moe":
-            rows = share.expert_rows * setup.model.embed_dim * c
-            yield from over("expert", "tokens to experts and back", A * (passes + 1) * 2 * rows)
+            yield from over(
+                "expert", "tokens to experts and back", A * (passes + 1) * 2 * share.feed_forward(kind).rows
+            )
 
 
 def _parts(setup: Setup, mesh: MeshConfig, topology: Topology, axis: str) -> int:

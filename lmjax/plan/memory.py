@@ -8,8 +8,10 @@ with the most bytes is the peak.
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+from jax.sharding import AbstractMesh, NamedSharding
 
 from lmjax.models.config import BlockKind, DecoderConfig
 from lmjax.ops.attention_chunked import BLOCK
@@ -48,9 +50,9 @@ def stages(setup: Setup) -> tuple[Stage, ...]:
     return tuple(Stage(name, tuple(array for array in arrays if array.bytes)) for name, arrays in found)
 
 
-def peak(setup: Setup) -> Stage:
-    """The stage that needs the most memory."""
-    return max(stages(setup), key=lambda stage: stage.bytes)
+def peak(stages: Iterable[Stage]) -> Stage:
+    """The one that needs the most memory."""
+    return max(stages, key=lambda stage: stage.bytes)
 
 
 class ParameterNumbers(NamedTuple):
@@ -86,10 +88,10 @@ def parameter_numbers(setup: Setup) -> ParameterNumbers:
 @functools.lru_cache(maxsize=4096)
 def _numbers(model: DecoderConfig, sizes: tuple[tuple[str, int], ...]) -> ParameterNumbers:
     counts = dict.fromkeys(ParameterNumbers._fields, 0)
+    mesh = AbstractMesh(tuple(size for _, size in sizes), tuple(axis for axis, _ in sizes))
     for path, shape, axes in declared_parameters(model):
-        entries = tuple(parameter_spec(axes, shape, dict(sizes)))
-        parts = math.prod(dict(sizes)[name] for entry in entries if entry for name in _names(entry))
-        num = math.prod(shape) // parts
+        sharding = NamedSharding(mesh, parameter_spec(axes, shape, mesh.shape))
+        num = math.prod(sharding.shard_shape(shape))
         is_of_layers = path[0] == "segments"
         counts["layers" if is_of_layers else "outside"] += num
         if is_of_layers and path[-1] == "kernel":
@@ -98,10 +100,6 @@ def _numbers(model: DecoderConfig, sizes: tuple[tuple[str, int], ...]) -> Parame
             gathered = [dim for dim, axis in enumerate(axes) if axis in ("embed", "latent_in", "expert_embed")]
             counts["transposed"] += num if gathered != [0] and axes[0] != "experts" else 0
     return ParameterNumbers(**counts)
-
-
-def _names(entry: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry
 
 
 def _casts(share: Share) -> Iterator[Array]:
@@ -115,7 +113,7 @@ def _casts(share: Share) -> Iterator[Array]:
     if platform == "gpu":
         # An all-gather wants the dimension that it joins to be the outermost one. Parameters that have it elsewhere are
         # laid out anew, before the loop over layers and all at once. Of experts the outermost is their number.
-        moved = numbers.transposed if setup.sizes["fsdp"] * setup.sizes["expert"] > 1 else 0
+        moved = numbers.transposed if share.fsdp > 1 else 0
         moved += numbers.experts if setup.sizes["fsdp"] > 1 else 0
         yield Array("weights", "matrices laid out for their all-gather", moved * FLOAT32)
 
@@ -133,16 +131,15 @@ def _accumulated(share: Share) -> Iterator[Array]:
         return
     numbers = parameter_numbers(setup)
     yield Array("gradients", "sums over micro-batches", (numbers.layers + numbers.outside) * FLOAT32)
-    table = share.vocab * setup.model.embed_dim
-    fsdp = setup.sizes["fsdp"] * setup.sizes["expert"]
+    table = share.table
     tables = 1 if setup.model.tie_embeddings else 2
     match setup.hardware.platform:
         case "tpu":
             # The zeros to which the embedding's gradient is added do not change from one micro-batch to the next.
             yield Array("tables", "zeros of the embedding's gradient", table * FLOAT32)
-            yield Array("weights", "tables in the compute dtype", tables * table // fsdp * setup.compute_bytes)
+            yield Array("weights", "tables in the compute dtype", tables * table // share.fsdp * setup.compute_bytes)
         case "gpu":
-            yield Array("weights", "tables laid out for their all-gather", tables * table // fsdp * FLOAT32)
+            yield Array("weights", "tables laid out for their all-gather", tables * table // share.fsdp * FLOAT32)
         case "cpu":
             yield Array("tables", "zeros of the tables' gradients", 2 * table * FLOAT32)
 
@@ -151,15 +148,14 @@ def _gradients(share: Share, *, output: bool = True) -> Iterator[Array]:
     """When all but the embedding's are there."""
     setup = share.setup
     numbers = parameter_numbers(setup)
-    fsdp = setup.sizes["fsdp"] * setup.sizes["expert"]
     yield Array("gradients", "gradients of the layers", numbers.layers * FLOAT32)
     if output:
-        yield Array("gradients", "gradient of the output table", share.vocab * setup.model.embed_dim // fsdp * FLOAT32)
+        yield Array("gradients", "gradient of the output table", share.table // share.fsdp * FLOAT32)
 
 
 def _loss(share: Share) -> Iterator[Array]:
     setup = share.setup
-    table = share.vocab * setup.model.embed_dim
+    table = share.table
     shards = share.tensor if share.is_sequence_split else 1
     tokens = share.tokens // shards
     chunks = -(-tokens * shards // setup.loss_chunk_tokens)
@@ -178,8 +174,7 @@ def _loss(share: Share) -> Iterator[Array]:
 
 
 def _lookup(share: Share) -> Iterator[Array]:
-    table = share.vocab * share.setup.model.embed_dim
-    yield Array("tables", "gradient of the embedding on this device", table * FLOAT32)
+    yield Array("tables", "gradient of the embedding on this device", share.table * FLOAT32)
     yield Array("activations", "gradient of the embeddings", share.whole // share.setup.compute_bytes * FLOAT32)
 
 
@@ -222,7 +217,7 @@ def _hidden_values(
 
 def _recomputed_attention_tpu(share: Share, kind: BlockKind) -> Iterator[Array]:
     model, saved, values = share.setup.model, kept(share.setup), share.attention
-    kernel = share.setup.kernels[kind.attention]
+    kernel = share.setup.kernels[kind.attention].name
     wide_heads, wide_values = wide(model.head_width), wide(model.value_width)
     yield Array("attention", "attention's result", values.out)
     if "attention_out" in saved:
@@ -256,7 +251,7 @@ def _blocks_gpu(share: Share, pattern: tuple[BlockKind, ...], at: str) -> Iterat
         yield Array("attention", "queries, keys, values", heads * len(pattern))
         yield Array("attention", "attention's result and its gradient", 2 * values.out)
     yield Array("attention", "gradients of queries, keys, values", heads)
-    if share.setup.kernels[pattern[-1].attention] == "chunked" and at == "attention":
+    if share.setup.kernels[pattern[-1].attention].name == "chunked" and at == "attention":
         yield Array("attention", "sums of these gradients in float32", heads // c * FLOAT32)
         pairs = share.rows * share.heads * BLOCK * BLOCK
         yield Array("attention", "scores of a pair of blocks", pairs * (2 * FLOAT32 + 3 * c))
@@ -265,12 +260,11 @@ def _blocks_gpu(share: Share, pattern: tuple[BlockKind, ...], at: str) -> Iterat
 
 def _block_cpu(share: Share, kind: BlockKind) -> Iterator[Array]:
     """While attention goes backward. Products want both operands with what they sum over last: some are kept twice."""
-    model, c = share.setup.model, share.setup.compute_bytes
-    values = share.attention
+    c, values = share.setup.compute_bytes, share.attention
     yield from _hidden_values(share, (kind,), 7 if c == FLOAT32 else 5, 6, 5)
     yield Array("activations", "residual stream, input and gradient", 5 * share.residual // c * FLOAT32)
     yield Array("activations", "whole sequences", 3 * share.whole)
     yield Array("attention", "sums of gradients", (values.query + values.key + values.value) // c * FLOAT32)
     yield Array("attention", "queries, keys, values", 2 * values.query + values.key + values.value + values.out)
     yield Array("weights", "matrices of the MLP, gathered", 2 * share.feed_forward(kind).matrix)
-    yield Array("tables", "zeros of the embedding's gradient", share.vocab * model.embed_dim * FLOAT32)
+    yield Array("tables", "zeros of the embedding's gradient", share.table * FLOAT32)

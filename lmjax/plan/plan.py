@@ -12,7 +12,7 @@ from lmjax.models.counts import parameter_count
 from lmjax.plan.compile import CompiledStep, compile_step, topology_mesh
 from lmjax.plan.cost import Bound, Cost, bound, cost
 from lmjax.plan.hlo import sent_by_axis
-from lmjax.plan.memory import Stage, stages
+from lmjax.plan.memory import Stage, peak, stages
 from lmjax.plan.share import Setup
 from lmjax.plan.topology import Topology, parse_topology, topology_devices
 from lmjax.train.feed import abstract_batch
@@ -30,8 +30,6 @@ class Plan:
 
     topology: Topology
     setup: Setup
-    kernels: dict[str, Any]
-    """The attention kernel of each kind of block, and why it is this one."""
     stages: tuple[Stage, ...]
     cost: Cost
     bound: Bound | None
@@ -41,7 +39,7 @@ class Plan:
 
     @property
     def peak(self) -> Stage:
-        return max(self.stages, key=lambda stage: stage.bytes)
+        return peak(self.stages)
 
     @property
     def memory(self) -> int | None:
@@ -88,7 +86,7 @@ def make_setup(job: Job, topology: Topology) -> Setup:
         accumulation=job.train.accumulation,
         compute_bytes=job.precision.compute_dtype.itemsize,
         remat=job.train.remat,
-        kernels={kind: choice.name for kind, choice in choose_kernels(job, topology.hardware).items()},
+        kernels=choose_kernels(job, topology.hardware),
         loss_chunk_tokens=job.train.loss_chunk_tokens,
         reduce_in_float32=job.precision.reduce_in_float32,
     )
@@ -107,7 +105,6 @@ def make_plan(job: Job, topology_name: str, *, compiles: bool = False) -> Plan:
     return Plan(
         topology=topology,
         setup=setup,
-        kernels=choose_kernels(job, topology.hardware),
         stages=stages(setup),
         cost=found,
         bound=bound(found, topology),
@@ -123,7 +120,7 @@ def _compiled(job: Job, topology_name: str) -> CompiledStep:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """What ``lmjax plan --json`` prints. Bytes and operations are of one device unless they say otherwise."""
-    setup, peak = plan.setup, plan.peak
+    setup, largest = plan.setup, plan.peak
     tokens = setup.tokens
     found: dict[str, Any] = {
         "topology": plan.topology.name,
@@ -132,14 +129,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": parameter_count(setup.model),
         "active_parameters": parameter_count(setup.model, active=True),
         "tokens_per_step": tokens,
-        "attention_kernels": {kind: choice._asdict() for kind, choice in plan.kernels.items()},
-        "estimate_bytes": peak.bytes,
+        "attention_kernels": {kind: choice._asdict() for kind, choice in setup.kernels.items()},
+        "estimate_bytes": largest.bytes,
         "device_bytes": plan.memory,
         "fits": plan.fits,
         "margin": MARGIN,
         "estimate_of": f"JAX {'.'.join(map(str, COMPILERS))}",
-        "peak": peak.name,
-        "arrays": [array._asdict() for array in sorted(peak.arrays, key=lambda array: -array.bytes)],
+        "peak": largest.name,
+        "arrays": [array._asdict() for array in sorted(largest.arrays, key=lambda array: -array.bytes)],
         "stages": {stage.name: stage.bytes for stage in plan.stages},
         "model_flops": plan.cost.model_flops,
         "flops": plan.cost.flops,

@@ -79,7 +79,7 @@ def _everything(share: Share, kind: BlockKind) -> Iterator[Array]:
     # Of each norm, its input in float32 and that input divided by its deviation; the block's input is not kept besides.
     norms = 1 if model.residual == "parallel_shared_norm" else 4 if model.norm_placement == "sandwich" else 2
     yield Array("saved", "inside of norms", 2 * norms * share.residual // c * FLOAT32)
-    masked = values.out if share.setup.kernels[kind.attention] in ("splash", "chunked", "reference") else 0
+    masked = values.out if share.setup.kernels[kind.attention].name in ("splash", "chunked", "reference") else 0
     saved = values.query + values.key + values.value + values.out + masked + values.statistics
     yield Array("saved", "attention", saved)
     gated, sizes = model.mlp_gated, share.feed_forward(kind)

@@ -11,7 +11,7 @@ from lmjax.errors import InputError
 from lmjax.mesh import MeshConfig
 from lmjax.models.remat import RematConfig
 from lmjax.plan.cost import Bound, bound, cost
-from lmjax.plan.memory import peak
+from lmjax.plan.memory import peak, stages
 from lmjax.plan.plan import MARGIN, Plan, make_plan, make_setup
 from lmjax.plan.topology import Topology, parse_topology, sizes_text, topology_devices
 from lmjax.train.job import Job
@@ -79,7 +79,7 @@ def search(job: Job, topology: Topology) -> Found:
             changed = dataclasses.replace(job, mesh=mesh, train=train)
             try:
                 setup = make_setup(changed, topology)
-                estimate = peak(setup).bytes
+                estimate = peak(stages(setup)).bytes
             except InputError as error:
                 refusal = refusal or error
                 break  # what is refused does not depend on the policy

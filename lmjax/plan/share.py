@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lmjax.hardware import Hardware
-from lmjax.mesh import batch_shards
+from lmjax.mesh import FSDP_AXES, batch_shards
 from lmjax.models.config import BlockKind, DecoderConfig
 from lmjax.models.remat import RematConfig
 from lmjax.nn.embed import table_rows
+from lmjax.ops.attention_kernels import Choice
 from lmjax.ops.expert_dispatch import capacity_of
 
 FLOAT32 = 4
@@ -37,10 +38,10 @@ class Setup:
     compute_bytes: int
     """Of a number in the compute dtype."""
     remat: RematConfig
-    kernels: Mapping[str, str]
-    """The attention kernel of each kind of block."""
+    kernels: Mapping[str, Choice]
+    """The attention kernel of each kind of block, and why it is this one."""
     loss_chunk_tokens: int
-    reduce_in_float32: bool = False
+    reduce_in_float32: bool
     """Whether gradients of matrices are summed over devices in float32."""
 
     @property
@@ -92,6 +93,16 @@ class Share:
     def vocab(self) -> int:
         """Rows of a table."""
         return table_rows(self.setup.model.vocab_size) // self.tensor
+
+    @functools.cached_property
+    def table(self) -> int:
+        """Numbers of a table, gathered."""
+        return self.vocab * self.setup.model.embed_dim
+
+    @functools.cached_property
+    def fsdp(self) -> int:
+        """Devices over which parameters are split that belong to all tokens."""
+        return math.prod(self.setup.sizes[axis] for axis in FSDP_AXES)
 
     @functools.cached_property
     def expert_rows(self) -> int:

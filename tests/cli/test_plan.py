@@ -103,7 +103,7 @@ def test_tables_show_the_same(config: str, capsys, monkeypatch):
         "fsdp 4 x tensor 2",
         "NVLink",
         "fits with a margin of 12%",
-        "MFU at most",
+        "% MFU",
         "the run",
     ):
         assert part in shown

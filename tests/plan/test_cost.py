@@ -9,6 +9,7 @@ from benchmarks.plan_accuracy import MODELS, POLICIES
 from lmjax.mesh import AXES, MeshConfig
 from lmjax.models.config import DecoderConfig
 from lmjax.models.counts import training_flops
+from lmjax.ops.attention_kernels import Choice
 from lmjax.plan.cost import Bound, Cost, Traffic, bound, cost
 from lmjax.plan.share import Setup
 from lmjax.plan.topology import parse_topology
@@ -30,8 +31,9 @@ def setup_of(topology: str, model: DecoderConfig = MODEL, **changes) -> Setup:
         accumulation=1,
         compute_bytes=2,
         remat=POLICIES["none"],
-        kernels={"full": "reference", "sliding": "reference"},
+        kernels=dict.fromkeys(("full", "sliding"), Choice("reference", "")),
         loss_chunk_tokens=1024,
+        reduce_in_float32=False,
     )
     return dataclasses.replace(setup, **changes)
 
