@@ -13,6 +13,7 @@ MAX_FAMILY_LINES = 100
 LAYERS = [
     {"compat"},
     {"hardware"},
+    {"xla_flags"},
     {"mesh", "precision", "startup"},
     {"sharding"},
     {"ops"},

@@ -14,6 +14,12 @@ Attention = Annotated[
 ]
 
 
+XlaFlags = Annotated[
+    bool,
+    typer.Option("--xla-flags", help="Print the flags that steps are compiled with, by hardware, and nothing else."),
+]
+
+
 ValidateKernels = Annotated[
     bool,
     typer.Option(
@@ -23,15 +29,25 @@ ValidateKernels = Annotated[
 ]
 
 
-def info(as_json: AsJson = False, attention: Attention = False, validate_kernels: ValidateKernels = False) -> None:
+def info(
+    as_json: AsJson = False,
+    attention: Attention = False,
+    xla_flags: XlaFlags = False,
+    validate_kernels: ValidateKernels = False,
+) -> None:
     """Show versions, devices, and which attention kernels there are.
 
     Example: lmjax info --attention
     """
+    asked = {"--attention": attention, "--xla-flags": xla_flags, "--validate-kernels": validate_kernels}
+    if sum(asked.values()) > 1:
+        both = " and ".join(name for name, is_asked in asked.items() if is_asked)
+        raise InputError(f"{both} are for one thing each: ask for one of them at a time")
     if validate_kernels:
-        if attention:
-            raise InputError("--attention prints a table and --validate-kernels runs kernels; leave out one of them")
         _validate(as_json)
+        return
+    if xla_flags:
+        _print_flags(as_json)
         return
     from lmjax.train.provenance import devices, versions
 
@@ -47,6 +63,16 @@ def info(as_json: AsJson = False, attention: Attention = False, validate_kernels
     print_table("Devices", ("platform", "kind", "count"), [tuple(row.values()) for row in found["devices"]])
     rows = [(row["kernel"], ", ".join(row["hardware"]), row["summary"]) for row in found["kernels"]]
     print_table("Attention kernels", ("kernel", "hardware", "what it is"), rows)
+
+
+def _print_flags(as_json: bool) -> None:
+    from lmjax.xla_flags import FLAGS
+
+    if as_json:
+        print_json({"xla_flags": [{**flag._asdict(), "hardware": sorted(flag.hardware)} for flag in FLAGS]})
+        return
+    rows = [(f"{flag.name}={flag.value}", ", ".join(flag.hardware), flag.reason, flag.source) for flag in FLAGS]
+    print_table("Flags of XLA's compilers", ("flag", "hardware", "why", "by whom"), rows)
 
 
 def _validate(as_json: bool) -> None:

@@ -41,6 +41,19 @@ Write = Annotated[
 ]
 
 
+Executable = Annotated[
+    str | None,
+    typer.Option(
+        "--executable",
+        metavar="FILE",
+        help="With --compile: a file with the compiled step, which `lmjax train --executable FILE` loads.",
+    ),
+]
+Report = Annotated[
+    str | None, typer.Option("--report", metavar="FILE", help="A page with the memory and the mesh as pictures.")
+]
+
+
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -48,6 +61,8 @@ def plan(
     compiles: Compile = False,
     searches: Search = False,
     write: Write = None,
+    executable: Executable = None,
+    report: Report = None,
     price: Price = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,8 +76,13 @@ def plan(
         raise InputError("--topology is missing: name what to plan for, such as v5p:4x4x4, h200:8 or cpu:8")
     if write is not None and not searches:
         raise InputError("--write is for what --search finds; give both, or neither")
-    if write is not None and Path(write).exists():
-        raise InputError(f"--write {write}: is there already, and may be somebody's config; name another file")
+    if executable is not None and not compiles:
+        raise InputError("--executable is for what --compile makes; give both, or neither")
+    if executable is not None and searches:
+        raise InputError("--executable is of one plan: --search first, with --write FILE, and then plan FILE --compile")
+    for option, file in (("--write", write), ("--executable", executable)):
+        if file is not None and Path(file).exists():
+            raise InputError(f"{option} {file}: is there already, and may be somebody's; name another file")
     if price is not None and price <= 0:
         raise InputError(f"--price is {price}; it has to be above 0")
     import jax
@@ -79,7 +99,7 @@ def plan(
     if searches:
         found_by_search, made = chosen(job, topology, compiles=compiles)
     else:
-        made = make_plan(job, topology, compiles=compiles)
+        made = make_plan(job, topology, compiles=compiles, executable=executable)
     if price is not None and made.bound is None:
         raise InputError(f"--price has no effect: how fast {topology} is, is not known. Leave it out.")
     found = to_dict(made)
@@ -97,6 +117,10 @@ def plan(
         hours = made.bound.seconds / 3600
         found["step_cost_bound"] = cost = price * hours * made.topology.num_devices
         found["run_cost_bound"] = cost * job.train.steps
+    if report is not None:
+        from lmjax.plan.picture import write_page  # Matplotlib is not worth waiting for otherwise
+
+        write_page(found, report)
     print_json(found) if as_json else _print(found)
 
 
@@ -140,6 +164,8 @@ def _print(found: dict[str, Any]) -> None:
     if "sent" in found:
         rows = [(row["axes"], row["kind"], row["count"], _gib(row["bytes"])) for row in found["sent"]]
         print_table("What it receives as compiled", ("axes", "collective", "count", "GiB"), rows)
+    for line in _compiler_lines(found):
+        print(line)
     print(f"{found['parameters']:,} parameters, of which a token goes through {found['active_parameters']:,}")
     print(f"{devices}, mesh {mesh}, {found['tokens_per_step']:,} tokens a step")
     for kind, choice in found["attention_kernels"].items():
@@ -159,12 +185,25 @@ def _print_ranking(search: dict[str, Any]) -> None:
     print_table(title, ("predicted seconds", "mesh", "remat", "micro-batches", "GiB"), rows)
 
 
+def _compiler_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if found.get("xla_flags"):
+        lines.append(f"compiler flags: {' '.join(f'{name}={value}' for name, value in found['xla_flags'].items())}")
+    if found.get("unknown_xla_flags"):
+        lines.append(f"not known to this version's compiler: {', '.join(found['unknown_xla_flags'])}")
+    if found.get("kernel_memory"):
+        sizes = ", ".join(f"{name} {num_bytes / 2**20:.1f}" for name, num_bytes in found["kernel_memory"].items())
+        lines.append(f"vector memory of kernels, in MiB: {sizes}")
+    return lines
+
+
 def _memory_lines(found: dict[str, Any]) -> list[str]:
     estimate, compiled, memory = found["estimate_bytes"], found.get("compiled_bytes"), found["device_bytes"]
     lines = [f"estimate: {_gib(estimate)} GiB a device, with the compilers of {found['estimate_of']}"]
     if compiled is not None:
         error = f"the estimate is {100 * (estimate / compiled - 1):+.1f}% off"
-        lines.append(f"compiled: {_gib(compiled)} GiB a device in {found['compile_seconds']:.0f} s; {error}")
+        when = "before, in" if found["compiled_before"] else "in"
+        lines.append(f"compiled: {_gib(compiled)} GiB a device, {when} {found['compile_seconds']:.0f} s; {error}")
     if memory is not None and found["fits"] is None:
         lines.append("whether it fits is for --compile to say: latent attention is not in the estimate")
     elif memory is not None:

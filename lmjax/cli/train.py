@@ -14,6 +14,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option(help="Print every array of the state with its sharding, and train nothing.")
     ] = False,
+    executable: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The compiled step that `lmjax plan --compile --executable FILE` wrote."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model, or go on with a run that was stopped.
@@ -32,6 +36,8 @@ def train(
 
     if as_json and not dry_run:
         raise InputError("--json prints the table of --dry-run as one object; give both, or neither")
+    if dry_run and executable is not None:
+        raise InputError("--executable has no effect with --dry-run, which trains nothing; leave one of them out")
     loaded = load(config, overrides or ())
     start_distributed()
     import jax
@@ -47,7 +53,7 @@ def train(
                 make_program(job)  # a mesh, a batch or a dataset that cannot be is refused before anything is written
                 check_same_run(job)
                 push = stack.enter_context(opened_run(loaded)).push
-        run(job, push)
+        run(job, push, executable)
         if jax.process_index() == 0:
             from lmjax.train.report import write_report  # Matplotlib is not worth waiting for before the first step
 

@@ -11,6 +11,7 @@ MAY_CHANGE = (
     "train.remat",
     "train.attention_kernel",
     "train.expert_exchange",
+    "train.xla_flags",
     "logging",
     "checkpoint",
     "evaluate",

@@ -1,21 +1,33 @@
 """A train step compiled for devices that are not here: what it needs, and what it sends."""
 
 import dataclasses
+import functools
+import gzip
+import hashlib
+import json
 import re
 import time
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
 
 from lmjax.compat import temporary_bytes
 from lmjax.errors import InputError
+from lmjax.hardware import hardware
 from lmjax.mesh import MeshConfig, make_mesh
 from lmjax.models.decoder import Execution
 from lmjax.ops.cross_entropy import LossOptions
-from lmjax.plan.hlo import Collective, collectives
+from lmjax.paths import cache_root, using_cache
+from lmjax.plan.hlo import Collective, collectives, kernel_memory
 from lmjax.plan.topology import topology_devices
+from lmjax.train.executable import about, save_executable
 from lmjax.train.state import Blueprint
-from lmjax.train.step import DeviceBatch, make_step
+from lmjax.train.step import DeviceBatch, lower_step
+from lmjax.xla_flags import Value, compile_with_flags
+
+FORMAT = 1
+"""Of what is kept of a compile: another one where fields or their meaning change."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +42,16 @@ class CompiledStep:
     """What the step needs besides, at its peak."""
     alias_bytes: int
     """Of the outputs, what lies where the donated arguments were."""
-    collectives: dict[str, Collective]
-    """By kind."""
     flops: float | None
     """Floating-point operations that the compiler knows of; those of kernels are not among them."""
     seconds: float
-    """That tracing and compiling took."""
+    """That compiling took, and tracing where it was done for it."""
+    flags: Mapping[str, Value]
+    """Of the compiler, that it was compiled with."""
+    unknown_flags: tuple[str, ...]
+    """That lmjax has for the hardware and the compiler does not know."""
+    is_kept: bool = False
+    """Whether it was compiled before, and this is what was written down."""
     text: str = dataclasses.field(repr=False)
     """The compiled program in HLO."""
 
@@ -43,6 +59,16 @@ class CompiledStep:
     def total_bytes(self) -> int:
         """Of device memory that the step needs."""
         return self.argument_bytes + self.output_bytes + self.temp_bytes - self.alias_bytes
+
+    @functools.cached_property
+    def collectives(self) -> dict[str, Collective]:
+        """By kind."""
+        return collectives(self.text)
+
+    @functools.cached_property
+    def kernel_memory(self) -> dict[str, int]:
+        """Bytes of vector memory that a kernel of ours takes, by its name; the compilers for TPU tell it."""
+        return kernel_memory(self.text)
 
 
 def topology_mesh(config: MeshConfig, name: str) -> Mesh:
@@ -55,36 +81,74 @@ def compile_step(blueprint: Blueprint, execution: Execution, options: LossOption
 
     Raises InputError for a step that does not fit the devices' memory.
     """
-    mesh, platform = blueprint.mesh, execution.hardware.platform
-    platform = "cuda" if platform == "gpu" else platform
     began = time.perf_counter()
-    step = jax.jit(make_step(blueprint, execution, options), donate_argnums=0)
-    with jax.set_mesh(mesh):
-        lowered = step.trace(blueprint.state, batch).lower(lowering_platforms=(platform,))
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise InputError(
-                f"the step does not fit the memory of a {mesh.devices.flat[0].device_kind} on mesh {dict(mesh.shape)}: "
-                f"{_sizes(error)} Lower train.global_batch_size, raise train.accumulation, keep less (train.remat), or "
-                "shard further (mesh.fsdp, mesh.expert, mesh.tensor)."
-            ) from error
+    lowered = lower_step(blueprint, execution, options, batch)
+    traced = time.perf_counter() - began
+    step = compile_lowered(lowered, blueprint.mesh, {})
+    return dataclasses.replace(step, seconds=step.seconds + traced)
+
+
+def compile_lowered(
+    lowered: jax.stages.Lowered,
+    mesh: Mesh,
+    asked: Mapping[str, Value | None],
+    executable: str | None = None,
+) -> CompiledStep:
+    """Compile a step, with the flags for its hardware and those ``asked`` for, into the file ``executable`` if named.
+
+    Raises InputError for a step that does not fit the devices' memory, and for flags that the compiler refuses.
+    """
+    began = time.perf_counter()
+    try:
+        built = compile_with_flags(lowered, hardware(mesh.devices.flat[0]), asked)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            f"the step does not fit the memory of a {mesh.devices.flat[0].device_kind} on mesh {dict(mesh.shape)}: "
+            f"{_sizes(error)} Lower train.global_batch_size, raise train.accumulation, keep less (train.remat), or "
+            "shard further (mesh.fsdp, mesh.expert, mesh.tensor)."
+        ) from error
     seconds = time.perf_counter() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if executable is not None:
+        save_executable(executable, built.compiled, about(lowered, mesh, asked))
+    memory, text = built.compiled.memory_analysis(), built.compiled.as_text()
     assert memory is not None
     assert text is not None
     return CompiledStep(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
-        temp_bytes=temporary_bytes(compiled),
+        temp_bytes=temporary_bytes(built.compiled),
         alias_bytes=memory.alias_size_in_bytes,
-        collectives=collectives(text),
-        flops=(compiled.cost_analysis() or {}).get("flops"),
+        flops=(built.compiled.cost_analysis() or {}).get("flops"),
         seconds=seconds,
+        flags=built.flags,
+        unknown_flags=built.unknown,
         text=text,
     )
+
+
+def kept_or_compiled(
+    lowered: jax.stages.Lowered, mesh: Mesh, asked: Mapping[str, Value | None], executable: str | None = None
+) -> CompiledStep:
+    """As ``compile_lowered``, but what was compiled before on this machine is read from its cache.
+
+    It is kept by the program, the versions of the compilers, the devices and the flags: by nothing that could change
+    behind it. A file ``executable`` is compiled anew.
+    """
+    what = json.dumps([FORMAT, about(lowered, mesh, asked)], sort_keys=True)
+    name = hashlib.sha256(what.encode()).hexdigest()
+    file = cache_root() / "plans" / f"{name}.json.gz"
+    if executable is None and file.exists():
+        fields = json.loads(gzip.decompress(file.read_bytes()))
+        return CompiledStep(**fields | {"unknown_flags": tuple(fields["unknown_flags"]), "is_kept": True})
+    step = compile_lowered(lowered, mesh, asked, executable)
+    with using_cache():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{time.time_ns()}")
+        temporary.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(step)).encode()))
+        temporary.replace(file)  # whole, or not at all
+    return step
 
 
 def _sizes(error: Exception) -> str:

@@ -27,6 +27,7 @@ _GROUPS_BY_ORDER = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\((
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]+\})\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_VECTOR_MEMORY = re.compile(r'(?<=used_scoped_memory_configs":\[)\{"memory_space":"1","offset":"\d+","size":"(\d+)"\}')
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
@@ -67,6 +68,17 @@ def instructions(text: str) -> Iterator[Instruction]:
             yield Instruction(computation, *found.groups())
         elif found := _COMPUTATION.match(line):
             computation = found[1]
+
+
+def kernel_memory(text: str) -> dict[str, int]:
+    """Bytes of vector memory that the kernels of a program for TPU take, the most of those of one name."""
+    found: dict[str, int] = {}
+    for instruction in instructions(text):
+        if instruction.kind == "custom-call" and "tpu_custom_call" in instruction.arguments:
+            name = instruction.name.rstrip(".0123456789")
+            sizes = sum(map(int, _VECTOR_MEMORY.findall(instruction.arguments)))
+            found[name] = max(found.get(name, 0), sizes)
+    return found
 
 
 def array_shapes(text: str) -> set[ArrayShape]:

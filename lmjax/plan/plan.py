@@ -9,14 +9,13 @@ from lmjax.errors import InputError
 from lmjax.hardware import peak_flops
 from lmjax.mesh import AXES, axis_sizes
 from lmjax.models.counts import parameter_count
-from lmjax.plan.compile import CompiledStep, compile_step, topology_mesh
+from lmjax.plan.compile import CompiledStep, kept_or_compiled, topology_mesh
 from lmjax.plan.cost import Bound, Cost, bound, cost
 from lmjax.plan.hlo import sent_by_axis
 from lmjax.plan.memory import Stage, peak, stages
 from lmjax.plan.share import Setup
 from lmjax.plan.topology import Topology, parse_topology, topology_devices
-from lmjax.train.feed import abstract_batch
-from lmjax.train.job import Job, check_routing, check_shapes, choose_kernels, make_program
+from lmjax.train.job import Job, check_routing, check_shapes, choose_kernels, lower_program, make_program
 
 COMPILERS = (0, 12)
 """The JAX whose compilers the account of memory is of. With those of 0.10 a step was seen to take 40% more on CPUs."""
@@ -92,8 +91,8 @@ def make_setup(job: Job, topology: Topology) -> Setup:
     )
 
 
-def make_plan(job: Job, topology_name: str, *, compiles: bool = False) -> Plan:
-    """The estimate, and with ``compiles`` the compiler's own figures too.
+def make_plan(job: Job, topology_name: str, *, compiles: bool = False, executable: str | None = None) -> Plan:
+    """The estimate, and with ``compiles`` the compiler's own figures too, and the compiled step in a file.
 
     Raises InputError for an unknown topology, a mesh that does not go with it, and a compiler that is not installed.
     """
@@ -108,14 +107,13 @@ def make_plan(job: Job, topology_name: str, *, compiles: bool = False) -> Plan:
         stages=stages(setup),
         cost=found,
         bound=bound(found, topology),
-        compiled=_compiled(job, topology_name) if compiles else None,
+        compiled=_compiled(job, topology_name, executable) if compiles else None,
     )
 
 
-def _compiled(job: Job, topology_name: str) -> CompiledStep:
+def _compiled(job: Job, topology_name: str, executable: str | None) -> CompiledStep:
     program = make_program(job, topology_mesh(job.mesh, topology_name))
-    batch = abstract_batch(job.train.global_batch_size, job.data.sequence_length, job.train.accumulation, program.mesh)
-    return compile_step(program.blueprint, program.execution, program.loss, batch)
+    return kept_or_compiled(lower_program(job, program), program.mesh, job.train.xla_flags, executable)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -160,6 +158,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         found |= {
             "compiled_bytes": plan.compiled.total_bytes,
             "compile_seconds": plan.compiled.seconds,
+            "compiled_before": plan.compiled.is_kept,
+            "xla_flags": dict(plan.compiled.flags),
+            "unknown_xla_flags": list(plan.compiled.unknown_flags),
+            "kernel_memory": plan.compiled.kernel_memory,
             "collectives": {kind: each._asdict() for kind, each in plan.compiled.collectives.items()},
             "sent": [each._asdict() for each in sent_by_axis(plan.compiled.text, setup.sizes)],
         }

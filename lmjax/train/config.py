@@ -1,5 +1,6 @@
 """The config sections of a run that belong to its loop."""
 
+import dataclasses
 from typing import Literal
 
 from lmjax.models.remat import RematConfig
@@ -37,6 +38,8 @@ class TrainConfig:
     expert_exchange: ExpertExchange = "auto"
     """How tokens reach experts on other devices where none is dropped: gather brings all tokens to all of them, ragged
     sends each to its own; auto takes what sends less on the hardware."""
+    xla_flags: dict[str, bool | int | str | None] = dataclasses.field(default_factory=dict)
+    """Options of XLA's compiler for the step, over those that lmjax has for the hardware; null leaves one out."""
     log_batch_hash: bool = False
     """Whether metrics.jsonl has a digest of every global batch."""
 

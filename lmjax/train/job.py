@@ -28,7 +28,9 @@ from lmjax.paths import as_path, is_remote
 from lmjax.precision import PrecisionConfig
 from lmjax.train import provenance
 from lmjax.train.config import EvaluateConfig, LoggingConfig, TrainConfig
+from lmjax.train.feed import abstract_batch
 from lmjax.train.state import Blueprint, make_blueprint
+from lmjax.train.step import lower_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,13 @@ def make_program(job: Job, mesh: Mesh | None = None) -> Program:
         ),
         loss=LossOptions(z_loss=job.train.z_loss, chunk_tokens=job.train.loss_chunk_tokens),
     )
+
+
+def lower_program(job: Job, program: Program) -> jax.stages.Lowered:
+    """The step, ready to be compiled; the devices need not be here."""
+    config = job.train
+    batch = abstract_batch(config.global_batch_size, job.data.sequence_length, config.accumulation, program.mesh)
+    return lower_step(program.blueprint, program.execution, program.loss, batch, config.seed)
 
 
 def choose_kernels(job: Job, devices: Hardware) -> dict[str, Choice]:

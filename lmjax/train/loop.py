@@ -18,27 +18,30 @@ from lmjax.errors import InputError, PreemptedError
 from lmjax.models.counts import parameter_count
 from lmjax.paths import as_path, is_remote, working_directory
 from lmjax.train.clock import Clock, Pending
+from lmjax.train.executable import load_executable
 from lmjax.train.faults import StopSignal, check_finite
-from lmjax.train.feed import Feed, abstract_batch, to_devices
+from lmjax.train.feed import Feed, to_devices
 from lmjax.train.held_out import HeldOut
 from lmjax.train.initial import check_initial, initial_params
-from lmjax.train.job import Dataset, Job, Program, check_fingerprint, make_program, open_dataset
+from lmjax.train.job import Dataset, Job, Program, check_fingerprint, lower_program, make_program, open_dataset
 from lmjax.train.metrics import Recorder, last_step
 from lmjax.train.profile import Profiler
 from lmjax.train.provenance import versions
 from lmjax.train.state import init_state, state_from
-from lmjax.train.step import DeviceBatch, make_step
+from lmjax.train.step import DeviceBatch
 from lmjax.train.tracking import check_trackers, remove_event_files
+from lmjax.xla_flags import compile_with_flags
 
 
-def run(job: Job, push: Callable[[], None] | None = None) -> None:
+def run(job: Job, push: Callable[[], None] | None = None, executable: str | None = None) -> None:
     """Train from the newest checkpoint in the run's directory, or from the beginning, to the last step.
 
     Every process of the run calls it. Raises PreemptedError after a signal and a durable save, DivergedError for a loss
     that is not finite, InputError for configs, datasets and checkpoints that do not go together.
 
     Process 0 of a run in an object store calls ``push``, which copies the run's files there (``lmjax.paths.Mirror``),
-    after an evaluation and before a checkpoint is begun: no checkpoint is ahead of the rows before it.
+    after an evaluation and before a checkpoint is begun: no checkpoint is ahead of the rows before it. ``executable``
+    is a file with the compiled step (``lmjax.train.executable``).
     """
     with contextlib.ExitStack() as cleanup:  # each end is reached, whatever another one raises
         stop = cleanup.enter_context(StopSignal())  # a signal while this is set up stops the run after its first step
@@ -97,7 +100,7 @@ def run(job: Job, push: Callable[[], None] | None = None) -> None:
         if state is None and job.train.init_from is not None:
             state = state_from(blueprint, initial_params(job.train.init_from, blueprint))
         state = init_state(blueprint, job.train.seed) if state is None else state
-        step = compile_step(job, program, recorder)
+        step = compile_step(job, program, recorder, executable)
         feed = Feed(batch_maker(job, dataset, mesh), start, steps)
         cleanup.callback(feed.close)
         profiler = Profiler(run_dir / "profile", job.logging.profile_steps if primary else None)
@@ -206,16 +209,21 @@ def batch_maker(job: Job, dataset: Dataset, mesh: Mesh) -> Callable[[int], Devic
     return make
 
 
-def compile_step(job: Job, program: Program, recorder: Recorder) -> Any:
-    """The compiled step; what it took is told."""
-    began = time.perf_counter()
-    step = jax.jit(make_step(program.blueprint, program.execution, program.loss, job.train.seed), donate_argnums=0)
-    config = job.train
-    batch = abstract_batch(config.global_batch_size, job.data.sequence_length, config.accumulation, program.mesh)
-    with jax.set_mesh(program.mesh):
-        compiled = step.lower(program.blueprint.state, batch).compile()
+def compile_step(job: Job, program: Program, recorder: Recorder, executable: str | None = None) -> Any:
+    """The compiled step, or that of a file; what it took is told, and with which flags of the compiler."""
+    began, asked = time.perf_counter(), job.train.xla_flags
+    lowered = lower_program(job, program)
+    if executable is not None:
+        compiled = load_executable(executable, lowered, program.mesh, asked)
+        recorder.message(f"the step of {executable} loaded in {time.perf_counter() - began:.1f} s")
+        return compiled
+    built = compile_with_flags(lowered, program.execution.hardware, asked)
     recorder.message(f"the step compiled in {time.perf_counter() - began:.1f} s")
-    return compiled
+    if built.flags:
+        recorder.message(f"compiler flags: {' '.join(f'{name}={value}' for name, value in built.flags.items())}")
+    if built.unknown:
+        recorder.message(f"this version's compiler does not know, and went without: {', '.join(built.unknown)}")
+    return built.compiled
 
 
 def check_same_data(metadata: dict[str, Any], dataset: Dataset, checkpoint: epath.Path) -> None:

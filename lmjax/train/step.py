@@ -128,6 +128,17 @@ def make_step(
     return step
 
 
+def lower_step(
+    blueprint: Blueprint, execution: Execution, options: LossOptions, batch: DeviceBatch, seed: int = 0
+) -> jax.stages.Lowered:
+    """What ``make_step`` gives, traced for batches of the shapes of ``batch``; the mesh's devices need not be here."""
+    platform = execution.hardware.platform
+    step = jax.jit(make_step(blueprint, execution, options, seed), donate_argnums=0)
+    with jax.set_mesh(blueprint.mesh):
+        traced = step.trace(blueprint.state, batch)
+        return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
+
+
 def row_keys(key: PRNGKeyArray, num_micro_batches: int, num_rows: int) -> PRNGKeyArray:
     """(A, B) keys, one a row: row b of micro-batch a is row b A + a of the global batch."""
     places_AB = jnp.arange(num_micro_batches)[:, None] + num_micro_batches * jnp.arange(num_rows)

@@ -13,6 +13,7 @@ from lmjax.hardware import CPU
 from lmjax.ops import attention_validation
 from lmjax.ops.attention_chunked import chunked_attention
 from lmjax.ops.attention_kernels import FEATURES, KERNELS
+from lmjax.xla_flags import FLAGS
 
 
 @pytest.mark.fast
@@ -86,5 +87,14 @@ def test_a_kernel_that_agrees_on_this_machine_is_recorded_and_one_that_differs_i
 def test_where_none_of_our_kernels_runs_there_is_nothing_to_validate():
     with pytest.raises(InputError, match="none of our kernels runs on cpu; flash_tpu, flash_hopper run on gpu hopper"):
         info(validate_kernels=True)
-    with pytest.raises(InputError, match="leave out one"):
+    with pytest.raises(InputError, match="one of them at a time"):
         info(validate_kernels=True, attention=True)
+
+
+def test_flags_of_the_compilers_are_told_with_their_reasons(capsys):
+    info(xla_flags=True, as_json=True)
+    found = json.loads(capsys.readouterr().out)["xla_flags"]
+    assert [each["name"] for each in found] == [flag.name for flag in FLAGS]
+    info(xla_flags=True)
+    shown = capsys.readouterr().out
+    assert "tpu v6e" in shown

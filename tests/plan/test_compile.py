@@ -1,11 +1,12 @@
 """Train steps compiled for TPU chips that are not here: they fit, they shard, and nothing quadratic exists in them."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from lmjax.compat import temporary_bytes
 from lmjax.errors import InputError
@@ -15,11 +16,13 @@ from lmjax.models.decoder import DecoderConfig, Execution
 from lmjax.nn.attention_latent import LatentConfig
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
-from lmjax.plan.compile import CompiledStep, compile_step, topology_mesh
+from lmjax.plan.compile import CompiledStep, compile_step, kept_or_compiled, topology_mesh
 from lmjax.plan.hlo import arrays_above
 from lmjax.plan.topology import topology_devices
+from lmjax.train import executable
 from lmjax.train.feed import abstract_batch
 from lmjax.train.state import make_blueprint
+from lmjax.train.step import lower_step
 
 LENGTH = 1024
 CONFIG = DecoderConfig(
@@ -113,3 +116,49 @@ def test_temporaries_are_what_is_needed_besides_arguments_and_results(platform, 
     assert temporaries(lambda x: x + 1) < 0.1
     assert temporaries(lambda x: x + 1, donate_argnums=0) < 0.1
     assert 1 <= temporaries(lambda x: jnp.sort(jnp.sort(x, 0), 1) @ x) < 2.1
+
+
+def lowered_for(config: DecoderConfig, mesh: Mesh) -> jax.stages.Lowered:
+    blueprint = make_blueprint(config, OptimizerConfig(), 10, mesh)
+    execution = Execution(compute_dtype=jnp.dtype("float32"))
+    return lower_step(blueprint, execution, LossOptions(), abstract_batch(4, 64, 1, mesh))
+
+
+@pytest.fixture
+def lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A step for four forced CPU devices, and an empty cache."""
+    monkeypatch.setenv("LMJAX_CACHE", str(tmp_path))
+    mesh = topology_mesh(MeshConfig(fsdp=4), "cpu:4")
+    return lowered_for(CONFIG, mesh), mesh
+
+
+def test_what_was_compiled_before_is_not_compiled_again(lowered, tmp_path: Path):
+    step, mesh = lowered
+    first = kept_or_compiled(step, mesh, {})
+    again = kept_or_compiled(step, mesh, {})
+    assert (first.is_kept, again.is_kept) == (False, True)
+    assert again == dataclasses.replace(first, is_kept=True)
+    assert again.collectives == first.collectives
+    assert again.collectives["all-gather"].bytes > 0
+    kept_or_compiled(step, mesh, {"xla_cpu_enable_fast_math": True})
+    assert len(list((tmp_path / "plans").iterdir())) == 2
+
+
+def test_the_program_the_devices_and_the_compiler_tell_one_compile_from_another(
+    lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    step, mesh = lowered
+    kept_or_compiled(step, mesh, {})
+    monkeypatch.setattr(executable, "compiler_versions", lambda: {"jax": "another"})
+    assert not kept_or_compiled(step, mesh, {}).is_kept
+    monkeypatch.undo()
+    monkeypatch.setenv("LMJAX_CACHE", str(tmp_path))
+    other = lowered_for(dataclasses.replace(CONFIG, mlp_dim=256), mesh)
+    assert not kept_or_compiled(other, mesh, {}).is_kept
+    assert kept_or_compiled(step, mesh, {}).is_kept
+
+
+def test_vector_memory_of_kernels_is_told():
+    step = compiled(MeshConfig(fsdp=4), "v5e:2x2", attention_kernel="flash_tpu")
+    assert set(step.kernel_memory) == {"flash_forward", "flash_dq", "flash_dkv"}
+    assert all(2**18 < num_bytes < 2**24 for num_bytes in step.kernel_memory.values())

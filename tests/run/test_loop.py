@@ -266,3 +266,30 @@ def test_a_signal_before_the_first_step_stops_the_run_after_it(
     assert lmjax("train", experiment("run")) == 75
     assert [row[0] for row in train_rows(tmp_path / "run")] == [1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_step_compiled_by_the_planner_is_loaded_and_gives_the_same_run(
+    whole: Path, experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file, config = str(tmp_path / "step"), experiment("loaded")
+    jax.config.update("jax_enable_compilation_cache", False)  # what was taken from it cannot always be written again
+    assert lmjax("plan", config, "--topology", "cpu:8", "--compile", "--executable", file) == 0
+    jax.config.update("jax_enable_compilation_cache", True)
+    assert lmjax("train", config, "--executable", file) == 0
+    assert train_rows(tmp_path / "loaded") == train_rows(whole)
+    log = (tmp_path / "loaded" / "log.txt").read_text()
+    assert f"the step of {file} loaded in" in log
+    assert "the step compiled" not in log
+    # Another seed is another program only where something is drawn from it; a longer schedule is another one.
+    other = experiment("other", train={"steps": 7})
+    assert lmjax("train", other, "--executable", file) == 2
+    assert "compiled for something else (program" in capsys.readouterr().err
+
+
+def test_flags_of_the_compiler_are_told_and_a_wrong_one_is_refused(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert lmjax("train", experiment("fast", train={"xla_flags": {"xla_cpu_enable_fast_math": True}})) == 0
+    assert "compiler flags: xla_cpu_enable_fast_math=True" in (tmp_path / "fast" / "log.txt").read_text()
+    assert lmjax("train", experiment("wrong", train={"xla_flags": {"xla_nonsense": True}})) == 2
+    assert "the compiler refuses xla_nonsense=True" in capsys.readouterr().err
