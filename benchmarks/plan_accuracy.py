@@ -37,6 +37,7 @@ from lmjax.nn.moe import MoEConfig
 from lmjax.optim import OptimizerConfig
 from lmjax.plan import search
 from lmjax.plan.plan import make_plan
+from lmjax.plan.topology import parse_topology
 from lmjax.precision import PrecisionConfig
 from lmjax.train.config import EvaluateConfig, LoggingConfig, TrainConfig
 from lmjax.train.job import Job
@@ -123,6 +124,8 @@ small ones."""
 
 TOPOLOGIES = {"cpu": ("cpu:8",), "tpu": ("v5e:2x4", "v5p:2x2x2", "v6e:2x4"), "gpu": ("h200:8",)}
 KERNELS = {"cpu": ("auto",), "tpu": ("auto", "flash_tpu"), "gpu": ("auto", "flash_hopper")}
+LENGTHS = {"cpu": (2048, 4096, 8192), "tpu": (2048, 4096, 8192), "gpu": (1024, 2048, 4096, 8192)}
+"""On a GPU all scores of a row exist at once up to 1024 tokens, if no other kernel is asked for."""
 _NONE, _DOTS, _HEADS, _ATTENTION, _FULL = search.POLICIES
 POLICIES = {"none": _NONE, "full": _FULL, "attention": _ATTENTION, "dots": _DOTS, "heads": _HEADS}
 GOAL = {"mean": 0.06, "worst": 0.12}
@@ -187,7 +190,7 @@ def drawn(platform: str, seed: int | str) -> Iterator[Case]:
             topology=draw.choice(TOPOLOGIES[platform]),
             **sizes,
             rows=shards * accumulation * draw.choice((1, 2, 4)),
-            length=draw.choice((2048, 4096, 8192)),
+            length=draw.choice(LENGTHS[platform]),
             policy=draw.choice(list(POLICIES)),
             accumulation=accumulation,
             kernel=draw.choice(KERNELS[platform]),
@@ -235,7 +238,9 @@ def recorded(file: Path) -> list[dict[str, Any]]:
 
 
 def versions(topology: str) -> dict[str, str]:
-    compiler = {"c": (), "h": ("jax-cuda13-plugin",), "v": ("libtpu",)}[topology[0]]
+    compiler = {"cpu": (), "gpu": ("jax-cuda13-plugin",), "tpu": ("libtpu",)}[
+        parse_topology(topology).hardware.platform
+    ]
     found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", *compiler)}
     return {"python": python_platform.python_version(), **found}
 

@@ -6,6 +6,7 @@
 # JAX_NUM_CPU_DEVICES=4 JAX_PLATFORMS=cpu before it gives each process four CPU devices.
 # Every line is prefixed with the number of its process. TERM, INT, HUP and USR1 are passed on to all. When a process
 # fails, the others are ended, and its exit code is returned; 75 (stopped by a signal, state saved) ends nobody.
+# DRY_RUN=1 prints the command of each process and starts none.
 # Needs bash 5.1.
 set -u -m # -m: each process leads a group of its own, so that a signal from the terminal reaches it once, from here
 
@@ -13,13 +14,24 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh NUM_PROCESSES COMMAND [ARGUMENT...]   (found: ${*:-nothing})" >&2
   exit 2
 fi
-num_processes=$1
+num_processes=$1 dry_run=${DRY_RUN-}
 shift
+if [[ ! $dry_run =~ ^[01]?$ ]]; then
+  echo "launch/local.sh: DRY_RUN is '$dry_run': set 1, or leave it out" >&2
+  exit 2
+fi
 
 # Below the range from which the kernel takes ports for outgoing connections.
 port=$((20000 + RANDOM % 12000))
 while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((20000 + RANDOM % 12000)); done
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$num_processes
+
+if [[ $dry_run == 1 ]]; then
+  shared="JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES=$num_processes"
+  printf -v command ' %q' "$@"
+  for ((number = 0; number < num_processes; number++)); do echo "$shared JAX_PROCESS_ID=$number$command"; done
+  exit
+fi
 
 prefix() { # outlives every signal, so that the last lines are shown
   trap '' TERM INT HUP USR1
@@ -40,10 +52,11 @@ for ((number = 0; number < num_processes; number++)); do
   groups+=($!)
   exec {out}>&- {err}>&-
 done
+# shellcheck disable=SC2064 # each trap has the name of its own signal
 for signal in TERM INT HUP USR1; do trap "forward $signal" "$signal"; done
 exec {messages}>&2 2>/dev/null # bash itself would report every process that a signal ended
 
-failed=0 preempted=0 reaper= tick=
+failed=0 preempted=0 reaper='' tick=''
 while ((${#running[@]})); do
   # `wait -n` never returns for a process that bash has heard of too early: so all are looked at, once a second.
   ended=

@@ -1,8 +1,9 @@
 """The device mesh: named axes, their sizes, inside slices (ICI) and across them (DCN)."""
 
 import collections
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +24,8 @@ BATCH_AXES = ("data", "fsdp", "expert")
 FSDP_AXES = ("fsdp", "expert")
 """The mesh axes over which parameters are split that belong to all tokens."""
 
-TWO_DIMENSIONAL = ("TPU v5 lite", "TPU v5e")
-"""Kinds whose mesh of chips has two dimensions, so that all axes have to share them (as in ``jax.make_mesh``)."""
+TWO_DIMENSIONAL = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
+"""Kinds whose mesh of chips has two dimensions, so that all axes have to share them."""
 
 
 @config_class
@@ -102,28 +103,43 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     across = [_crossing(config).get(axis, 1) for axis in AXES]
     inside = [size // parts for size, parts in zip(sizes.values(), across, strict=True)]
     granule = _granule(config, devices)
-    may_split = devices[0].device_kind in TWO_DIMENSIONAL
-    try:
-        if granule is None:
-            arranged = mesh_utils.create_device_mesh(
-                tuple(sizes.values()), devices, allow_split_physical_axes=may_split
-            )
-        else:
+    if granule is None:
+        arranged = laid_out(sizes, devices)
+    else:
+        with _told(sizes, devices):
             arranged = mesh_utils.create_hybrid_device_mesh(
                 inside,
                 across,
                 devices,
                 process_is_granule=granule == "process_index",
-                allow_split_physical_axes=may_split,
+                allow_split_physical_axes=devices[0].device_kind in TWO_DIMENSIONAL,
             )
-    except NotImplementedError as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"mesh: {sizes} cannot be laid out on these {len(devices)} devices ({devices[0].device_kind}) so that "
-            f"every axis follows the links between chips ({reason}). Choose sizes that are products of those of the "
-            "mesh of chips."
-        ) from error
     return Mesh(arranged, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def laid_out(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices of one slice as an array of these sizes, neighbours beside each other.
+
+    Raises InputError where the links between them do not allow it. Of a device are asked ``platform``,
+    ``device_kind``, ``id``, ``process_index`` and, of a TPU, ``coords`` and ``core_on_chip``.
+    """
+    may_split = devices[0].device_kind in TWO_DIMENSIONAL
+    with _told(sizes, devices):
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=may_split)
+
+
+@contextlib.contextmanager
+def _told(sizes: Mapping[str, int], devices: Sequence[Any]) -> Iterator[None]:
+    """Turn what JAX says of sizes that do not follow the links into an InputError."""
+    try:
+        yield
+    except NotImplementedError as error:
+        reason = str(error).partition("\n")[0].partition(" The size of each")[0]  # then come options of JAX
+        raise InputError(
+            f"mesh: {dict(sizes)} cannot be laid out on these {len(devices)} devices ({devices[0].device_kind}) so "
+            f"that every axis follows the links between chips ({reason}). Choose sizes that are products of those of "
+            "the mesh of chips."
+        ) from error
 
 
 def _crossing(config: MeshConfig) -> dict[str, int]:

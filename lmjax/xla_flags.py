@@ -34,15 +34,6 @@ GIB = 2**30
 
 FLAGS = (
     Flag("xla_gpu_all_gather_combine_threshold_bytes", GIB, GPU, COMBINED, TOOLBOX),
-    Flag("xla_gpu_reduce_scatter_combine_threshold_bytes", GIB // 8, GPU, COMBINED, TOOLBOX),
-    Flag(
-        "xla_gpu_enable_while_loop_double_buffering",
-        True,
-        GPU,
-        "Two turns of a loop are compiled as one, so that a layer's parameters are gathered while the one before it "
-        "computes.",
-        "Google's gpu-recipes (2026-08), A3 Ultra, Llama-3.1-70B",
-    ),
     Flag(
         "xla_tpu_scoped_vmem_limit_kib",
         98304,

@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +14,10 @@ import pytest
 
 from lmjax.config import load
 from tests.command import lmjax
+from tests.launch.stubs import Cluster
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("data", "configs", "models", "planning", "training", "generation")
+PAGES = ("data", "configs", "models", "planning", "launching", "training", "generation")
 SMALL = {
     "model.vocab_size": 384,
     "model.max_length": 128,
@@ -89,6 +93,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (tmp_path / "table.csv.txt").write_text("\n".join(texts))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the "}\n{"prompt": "one row"}\n')
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -107,9 +112,11 @@ def run(page: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> int:
             (workplace / block.text.partition("\n")[0].removeprefix("# ")).write_text(block.text)
         for words in commands(block) if block.language == "sh" else ():
             ran += 1
-            if block.note == "launch":
-                check_launch(words)
+            if block.note in ("launch", "elsewhere"):
+                check_config(words)
                 continue
+            if block.note == "compile":
+                words = [word for word in words if word != "--compile"][: words.index("--compile")]
             assert words[0] == "lmjax", words
             code = lmjax(*small(words[1:]))
             output = capsys.readouterr()
@@ -118,13 +125,38 @@ def run(page: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> int:
     return ran
 
 
-def check_launch(words: list[str]) -> None:
-    """The launcher is there, and the command that it starts has a config that loads."""
-    assert any((ROOT / word).is_file() for word in words if word.startswith("launch/")), words
-    if "train" in words:
-        at = words.index("train")
-        assert words[at - 1] == "lmjax"
-        load(words[at + 1], words[at + 2 :])
+def check_config(words: list[str]) -> None:
+    """Of a command that is not run here, that its config loads."""
+    at = next(i for i, word in enumerate(words) if word.endswith(".yaml"))
+    load(words[at], [word for word in words[at + 1 :] if "=" in word])
+
+
+@pytest.mark.parametrize("page", ["training", "launching"])
+def test_launchers_take_the_commands_of_a_page(page: str, workplace: Path):
+    """By a dry run; sbatch hands a script its arguments, and kubectl reads."""
+    (workplace / "bin").mkdir()
+    cluster = Cluster(workplace / "bin")
+    cluster.add("kubectl", "cat >/dev/null")
+    cluster.add("sbatch", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
+    path = os.pathsep.join([str(cluster.directory), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "DRY_RUN": "1", "PYTHONPATH": str(ROOT)}
+    texts = [block.text for block in blocks(page) if block.note == "launch"]
+    assert texts
+    for text in texts:
+        command = ["bash", "-euo", "pipefail", "-c", text]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{text}\n{done.stderr}"
+        assert "lmjax train" in done.stdout or "kubectl" in text
+
+
+@pytest.mark.slow
+def test_a_step_of_a_page_compiles(workplace: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("libtpu")
+    (page,) = [page for page in PAGES if any(block.note == "compile" for block in blocks(page))]
+    run(page, workplace, capsys)
+    for block in blocks(page):
+        for words in commands(block) if block.note == "compile" else ():
+            assert lmjax(*words[1:]) == 0, capsys.readouterr().err[-2000:]
 
 
 def test_every_page_is_tested():

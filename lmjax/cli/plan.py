@@ -118,9 +118,9 @@ def plan(
         found["step_cost_bound"] = cost = price * hours * made.topology.num_devices
         found["run_cost_bound"] = cost * job.train.steps
     if report is not None:
-        from lmjax.plan.picture import write_page  # Matplotlib is not worth waiting for otherwise
+        from lmjax.plan.picture import write_plan  # Matplotlib is not worth waiting for otherwise
 
-        write_page(found, report)
+        write_plan(found, report)
     print_json(found) if as_json else _print(found)
 
 
@@ -156,7 +156,7 @@ def _print(found: dict[str, Any]) -> None:
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "1 device"
     rows = [(array["kind"], array["name"], _gib(array["bytes"])) for array in found["arrays"]]
     print_table(f"Memory of a device at its peak, the {found['peak']}, in GiB", ("kind", "arrays", "GiB"), rows)
-    rows = [(name, _gib(num_bytes)) for name, num_bytes in found["stages"].items()]
+    rows = [(stage["name"], _gib(stage["bytes"])) for stage in found["stages"]]
     print_table("Stages of a step", ("stage", "GiB"), rows)
     if found["traffic"]:
         rows = [(row["axis"], row["what"], row["link"], _gib(row["bytes"])) for row in found["traffic"]]

@@ -81,23 +81,43 @@ def cost(setup: Setup, mesh: MeshConfig, topology: Topology) -> Cost:
     )
 
 
-def bound(cost: Cost, topology: Topology) -> Bound | None:
-    """None for CPUs, whose peak is not known."""
+class Rates(NamedTuple):
+    """What one device does in a second."""
+
+    flops: float
+    memory: float
+    """Bytes, as for the others."""
+    links: float
+    network: float
+
+
+def rates(topology: Topology) -> Rates | None:
+    """At the hardware's peak; None for CPUs, whose peak is not known."""
     machine = topology.machine
     if machine is None:
         return None
     peak = peak_flops(machine.device_kind)
     assert peak is not None
-    near, _ = LINKS[topology.hardware.platform]
+    return Rates(peak, machine.memory_bandwidth, machine.link_bandwidth, machine.network_bandwidth)
+
+
+def bound(cost: Cost, topology: Topology) -> Bound | None:
+    """At the hardware's peak; None for CPUs."""
+    found = rates(topology)
+    return None if found is None else bound_at(cost, found)
+
+
+def bound_at(cost: Cost, rates: Rates) -> Bound:
+    near = {links[0] for links in LINKS.values()}
 
     def seconds(found: Traffic) -> float:
-        return found.bytes / (machine.link_bandwidth if found.link == near else machine.network_bandwidth)
+        return found.bytes / (rates.links if found.link in near else rates.network)
 
     return Bound(
-        compute=cost.flops / peak,
-        memory=cost.memory_bytes / machine.memory_bandwidth,
-        links=sum(seconds(found) for found in cost.traffic if found.link == near),
-        network=sum(seconds(found) for found in cost.traffic if found.link != near),
+        compute=cost.flops / rates.flops,
+        memory=cost.memory_bytes / rates.memory,
+        links=sum(seconds(found) for found in cost.traffic if found.link in near),
+        network=sum(seconds(found) for found in cost.traffic if found.link not in near),
         waited_for=sum(seconds(found) for found in cost.traffic if found.axis in ("tensor", "expert")),
     )
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from lmjax.models.config import BlockKind, DecoderConfig
 from lmjax.ops.attention_chunked import BLOCK
-from lmjax.plan.saved import LANES, Array, kept, saved_by_block, wide
+from lmjax.plan.saved import LANES, Array, Kind, kept, saved_by_block, wide
 from lmjax.plan.share import FLOAT32, Setup, Share
 from lmjax.sharding import parameter_spec
 from lmjax.train.state import declared_parameters
@@ -33,6 +33,13 @@ class Stage(NamedTuple):
     @property
     def bytes(self) -> int:
         return sum(array.bytes for array in self.arrays)
+
+    @property
+    def bytes_by_kind(self) -> dict[Kind, int]:
+        found: dict[Kind, int] = {}
+        for array in self.arrays:
+            found[array.kind] = found.get(array.kind, 0) + array.bytes
+        return found
 
 
 def stages(setup: Setup) -> tuple[Stage, ...]:
@@ -251,7 +258,10 @@ def _blocks_gpu(share: Share, pattern: tuple[BlockKind, ...], at: str) -> Iterat
         yield Array("attention", "queries, keys, values", heads * len(pattern))
         yield Array("attention", "attention's result and its gradient", 2 * values.out)
     yield Array("attention", "gradients of queries, keys, values", heads)
-    if share.setup.kernels[pattern[-1].attention].name == "chunked" and at == "attention":
+    kernel, is_kept = share.setup.kernels[pattern[-1].attention].name, share.setup.remat.policy == "none"
+    if kernel == "reference" and at == "attention":
+        yield Array("attention", "scores", share.pairs * ((1 if is_kept else 2) * FLOAT32 + 2 * c))
+    if kernel == "chunked" and at == "attention":
         yield Array("attention", "sums of these gradients in float32", heads // c * FLOAT32)
         pairs = share.rows * share.heads * BLOCK * BLOCK
         yield Array("attention", "scores of a pair of blocks", pairs * (2 * FLOAT32 + 3 * c))

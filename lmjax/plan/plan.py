@@ -7,14 +7,14 @@ from jax.sharding import AbstractMesh
 
 from lmjax.errors import InputError
 from lmjax.hardware import peak_flops
-from lmjax.mesh import AXES, axis_sizes
+from lmjax.mesh import AXES, MeshConfig, axis_sizes
 from lmjax.models.counts import parameter_count
 from lmjax.plan.compile import CompiledStep, kept_or_compiled, topology_mesh
 from lmjax.plan.cost import Bound, Cost, bound, cost
 from lmjax.plan.hlo import sent_by_axis
 from lmjax.plan.memory import Stage, peak, stages
 from lmjax.plan.share import Setup
-from lmjax.plan.topology import Topology, parse_topology, topology_devices
+from lmjax.plan.topology import Topology, check_layout, parse_topology, topology_devices
 from lmjax.train.job import Job, check_routing, check_shapes, choose_kernels, lower_program, make_program
 
 COMPILERS = (0, 12)
@@ -28,6 +28,7 @@ class Plan:
     """A run's step on a topology."""
 
     topology: Topology
+    mesh: MeshConfig
     setup: Setup
     stages: tuple[Stage, ...]
     cost: Cost
@@ -73,6 +74,8 @@ def make_setup(job: Job, topology: Topology) -> Setup:
             f"mesh: dcn_data {job.mesh.dcn_data} x dcn_fsdp {job.mesh.dcn_fsdp} = {parts}, but {topology.name} has "
             f"{topology.slices} slice(s). Set mesh.dcn_data={topology.slices}, or other factors of {topology.slices}."
         )
+    across: dict[str, int] = {"data": job.mesh.dcn_data, "fsdp": job.mesh.dcn_fsdp}
+    check_layout(topology, tuple((axis, size // across.get(axis, 1)) for axis, size in sizes.items()))
     mesh: Any = AbstractMesh(tuple(sizes.values()), AXES)
     check_shapes(job, mesh)
     check_routing(job, mesh)
@@ -103,6 +106,7 @@ def make_plan(job: Job, topology_name: str, *, compiles: bool = False, executabl
     found = cost(setup, job.mesh, topology)
     return Plan(
         topology=topology,
+        mesh=job.mesh,
         setup=setup,
         stages=stages(setup),
         cost=found,
@@ -124,6 +128,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "topology": plan.topology.name,
         "devices": plan.topology.num_devices,
         "mesh": dict(setup.sizes),
+        "dcn": {"data": plan.mesh.dcn_data, "fsdp": plan.mesh.dcn_fsdp},
         "parameters": parameter_count(setup.model),
         "active_parameters": parameter_count(setup.model, active=True),
         "tokens_per_step": tokens,
@@ -135,7 +140,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "estimate_of": f"JAX {'.'.join(map(str, COMPILERS))}",
         "peak": largest.name,
         "arrays": [array._asdict() for array in sorted(largest.arrays, key=lambda array: -array.bytes)],
-        "stages": {stage.name: stage.bytes for stage in plan.stages},
+        "stages": [{"name": stage.name, "bytes": stage.bytes, "by_kind": stage.bytes_by_kind} for stage in plan.stages],
         "model_flops": plan.cost.model_flops,
         "flops": plan.cost.flops,
         "memory_traffic_bytes": plan.cost.memory_bytes,

@@ -79,9 +79,13 @@ def _everything(share: Share, kind: BlockKind) -> Iterator[Array]:
     # Of each norm, its input in float32 and that input divided by its deviation; the block's input is not kept besides.
     norms = 1 if model.residual == "parallel_shared_norm" else 4 if model.norm_placement == "sandwich" else 2
     yield Array("saved", "inside of norms", 2 * norms * share.residual // c * FLOAT32)
-    masked = values.out if share.setup.kernels[kind.attention].name in ("splash", "chunked", "reference") else 0
+    kernel = share.setup.kernels[kind.attention].name
+    masked = values.out if kernel in ("splash", "chunked") else 0
     saved = values.query + values.key + values.value + values.out + masked + values.statistics
     yield Array("saved", "attention", saved)
+    if kernel == "reference":  # their exponentials, the weights, and how steep the cap was
+        in_float32 = 1 if model.attention_softcap is None else 2
+        yield Array("saved", "scores of attention", share.pairs * (in_float32 * FLOAT32 + c))
     gated, sizes = model.mlp_gated, share.feed_forward(kind)
     signs = sizes.hidden // c if model.activation == "relu" else 0
     yield Array("saved", "inside of the MLP", (INSIDE[model.activation] + 2 * gated) * sizes.hidden + signs)

@@ -126,6 +126,11 @@ class Share:
         return self.tokens * self.setup.model.embed_dim * self.setup.compute_bytes
 
     @functools.cached_property
+    def pairs(self) -> int:
+        """Scores of all heads, where they exist at once."""
+        return self.rows * self.heads * self.setup.length**2
+
+    @functools.cached_property
     def attention(self) -> "AttentionBytes":
         model, c = self.setup.model, self.setup.compute_bytes
         heads, kv_heads = self.heads * self.tokens, self.kv_heads * self.tokens

@@ -1,6 +1,5 @@
 """Pictures of runs: losses and rates over the updates."""
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lmjax.train.page import to_png
 from lmjax.train.records import Records, Row
 
 
@@ -50,10 +50,7 @@ def _picture(size: tuple[float, float], draw: Callable[[Axes], None]) -> bytes:
     axes.set_xlabel("finished updates")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    file = io.BytesIO()
-    # No version or date in the file: the same run gives the same bytes.
-    figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
-    return file.getvalue()
+    return to_png(figure)
 
 
 def _losses(axes: Axes, runs: Mapping[str, Records]) -> None:

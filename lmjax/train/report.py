@@ -1,6 +1,5 @@
 """Runs as one HTML file that needs no other: curves, last values, samples, configs and what they were made with."""
 
-import base64
 import datetime
 import html
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,20 +9,10 @@ from etils import epath
 from omegaconf import OmegaConf
 
 from lmjax.errors import InputError
-from lmjax.paths import as_path, is_remote, write_object
+from lmjax.paths import as_path, is_remote
 from lmjax.train.curves import draw_curves
+from lmjax.train.page import images, page, table, write_page
 from lmjax.train.records import Records, Row, read_records
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
-.curves img { width: 100%; height: auto; } .curves img:first-child { grid-column: 1 / -1; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; border-top: 1px solid #ddd; overflow-wrap: anywhere; }
-pre { background: #f6f6f4; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px; }
-pre b { color: #06c; } .note { color: #666; }
-"""
 
 COMPARED = ("tokens", "loss", "tokens_per_second", "mfu", "memory_bytes", "data_wait_share")
 """Of the last row of training, where several runs stand side by side."""
@@ -42,14 +31,7 @@ def write_report(run_dirs: Sequence[str], output: str | None = None) -> epath.Pa
     several = len(runs) > 1
     path = as_path(output or "comparison.html") if output or several else directories[0] / "report.html"
     text = compare(runs) if several else render(*next(iter(runs.items())))
-    if is_remote(path):
-        write_object(path, text.encode())
-        return path
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no directory {path.parent}. Make it, or name another --output.")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_page(path, text, "--output")
     return path
 
 
@@ -59,26 +41,26 @@ def render(name: str, records: Records) -> str:
     parts = [
         f"<p>After {step:,} updates.</p>",
         *_notes(records),
-        _pictures({name: records}),
+        images(draw_curves({name: records})),
         f"<h2>Last values</h2>\n{_last_values(records)}",
         *_samples(records.samples),
         *_starts(records.starts),
         f"<h2>Config</h2>\n<pre>{html.escape(records.config)}</pre>",
     ]
-    return _page(f"Run {name}", parts)
+    return page(f"Run {name}", parts)
 
 
 def compare(runs: Mapping[str, Records]) -> str:
     """The HTML of a page that has several runs, by name, in the same pictures and tables."""
     parts = [
         *(f'<p class="note">{html.escape(name)}:</p>{note}' for name, run in runs.items() for note in _notes(run)),
-        _pictures(runs),
+        images(draw_curves(runs)),
         f"<h2>Last values</h2>\n{_side_by_side(runs)}",
         f"<h2>Where the configs differ</h2>\n{_differences(runs)}",
     ]
     for name, records in runs.items():
         parts += _starts(records.starts, f"{name}: ")
-    return _page(f"Runs {', '.join(runs)}", parts)
+    return page(f"Runs {', '.join(runs)}", parts)
 
 
 def _whole(directory: epath.Path) -> str:
@@ -92,20 +74,6 @@ def _names(directories: Sequence[epath.Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(directory) for directory in directories]
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
-    title, body = html.escape(title), "\n".join(parts)
-    return f"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>{STYLE}</style></head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
-
-
 def _notes(records: Records) -> list[str]:
     return [
         f'<p class="note">The last line of {html.escape(file)} was not written to its end and is left out.</p>'
@@ -113,24 +81,9 @@ def _notes(records: Records) -> list[str]:
     ]
 
 
-def _pictures(runs: Mapping[str, Records]) -> str:
-    images = [
-        f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for alt, png in draw_curves(runs)
-    ]
-    return "\n".join(['<div class="curves">', *images, "</div>"])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are text, not markup."""
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "\n".join(["<table>", *lines, "</table>"])
-
-
 def _last_values(records: Records) -> str:
     return "\n".join(
-        _table((title, ""), [(key, _text(key, value)) for key, value in rows[-1].items()])
+        table((title, ""), [(key, _text(key, value)) for key, value in rows[-1].items()])
         for title, rows in (("Training", records.train), ("Evaluation", records.evaluation))
         if rows
     )
@@ -145,7 +98,7 @@ def _side_by_side(runs: Mapping[str, Records]) -> str:
         updates = max(row["step"] for row in records.train + records.evaluation)
         last = [_text(key, train.get(key)) for key in COMPARED]
         rows.append((name, f"{updates:,}", _text("eval_loss", evaluation.get("eval_loss")), _text("loss", best), *last))
-    return _table(("run", "updates", "eval_loss", "best eval_loss", *COMPARED), rows)
+    return table(("run", "updates", "eval_loss", "best eval_loss", *COMPARED), rows)
 
 
 def _differences(runs: Mapping[str, Records]) -> str:
@@ -157,7 +110,7 @@ def _differences(runs: Mapping[str, Records]) -> str:
         values = [str(config.get(key, "")) for config in configs]
         if len(set(values)) > 1:
             rows.append((key, *values))
-    return _table(("", *runs), rows) if rows else "<p>Nowhere.</p>"
+    return table(("", *runs), rows) if rows else "<p>Nowhere.</p>"
 
 
 def _leaves(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:
@@ -189,7 +142,7 @@ def _starts(starts: Sequence[Row], whose: str = "") -> list[str]:
             )
         )
     head = ("started (UTC)", "after updates", "commit of lmjax", "devices", "versions")
-    return [f"<h2>{html.escape(whose)}Starts</h2>\n{_table(head, rows)}"]
+    return [f"<h2>{html.escape(whose)}Starts</h2>\n{table(head, rows)}"]
 
 
 def _text(key: str, value: Any) -> str:

@@ -37,7 +37,9 @@ def test_json_has_what_is_promised(config: str, capsys):
     assert found["topology"] == "v5e:2x4"
     assert found["devices"] == 8
     assert found["parameters"] == 2 * 4096 * 512 + 512 + 4 * (4 * 512 * 512 + 3 * 512 * 1536 + 2 * 512)
-    assert found["estimate_bytes"] == sum(array["bytes"] for array in found["arrays"]) == max(found["stages"].values())
+    assert found["estimate_bytes"] == sum(array["bytes"] for array in found["arrays"])
+    assert found["estimate_bytes"] == max(stage["bytes"] for stage in found["stages"])
+    assert all(stage["bytes"] == sum(stage["by_kind"].values()) for stage in found["stages"])
     assert found["fits"] is True
     assert 0 < found["mfu_bound"] <= 1
     assert found["tokens_per_second_bound"] == pytest.approx(16 * 1024 / found["step_seconds_bound"])

@@ -1,5 +1,8 @@
 """What launch/local.sh promises about environments, output, signals and exit codes; the commands are plain shell."""
 
+import os
+import re
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -64,6 +67,27 @@ def test_a_signal_reaches_every_process():
         assert sorted(running.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
         running.send_signal(signal.SIGTERM)
         assert running.wait() == 75
+
+
+def test_a_dry_run_prints_the_command_of_each_process_and_starts_none(tmp_path):
+    started = tmp_path / "started"
+    command = [LAUNCH, "2", "touch", started, "a b", "it's"]
+    dry = subprocess.run(command, env=os.environ | {"DRY_RUN": "1"}, capture_output=True, text=True, check=True)
+    address, *others = {line.split()[0] for line in dry.stdout.splitlines()}
+    assert re.fullmatch(r"JAX_COORDINATOR_ADDRESS=127\.0\.0\.1:\d+", address)
+    assert others == []
+    assert [shlex.split(line)[1:] for line in dry.stdout.splitlines()] == [
+        ["JAX_NUM_PROCESSES=2", f"JAX_PROCESS_ID={number}", "touch", str(started), "a b", "it's"] for number in range(2)
+    ]
+    assert not started.exists()
+
+
+def test_a_dry_run_that_is_neither_wanted_nor_not_is_refused():
+    refused = subprocess.run(
+        [LAUNCH, "2", "true"], env=os.environ | {"DRY_RUN": "no"}, capture_output=True, text=True, check=False
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "launch/local.sh: DRY_RUN is 'no': set 1, or leave it out\n"
 
 
 @pytest.mark.parametrize("number", ["0", "two", "-1"])

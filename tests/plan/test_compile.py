@@ -100,7 +100,7 @@ def test_a_mesh_that_does_not_fit_the_topology_is_refused():
     with pytest.raises(InputError, match="8 are here"):
         topology_mesh(MeshConfig(fsdp=3), "v5p:2x2x2")
     with pytest.raises(InputError, match="cannot be laid out"):
-        topology_mesh(MeshConfig(fsdp=64, tensor=4), "v6e:16x16")
+        topology_mesh(MeshConfig(fsdp=128, tensor=2), "v5p:4x8x8")
 
 
 @pytest.mark.parametrize(("platform", "topology"), [("tpu", "v5p:2x2x1"), ("cpu", "cpu:1")])
