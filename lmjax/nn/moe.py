@@ -209,7 +209,12 @@ class MoE(nnx.Module):
             router=config.router,
             activation=ACTIVATIONS[self.activation],
             capacity_factor=config.capacity_factor if may_drop else None,
-            exchange=choose_exchange(execution.expert_exchange, config.experts_per_token, execution.hardware.platform),
+            exchange=choose_exchange(
+                execution.expert_exchange,
+                config.experts_per_token,
+                jax.sharding.get_abstract_mesh().shape["expert"],
+                execution.hardware.platform,
+            ),
             jitter=config.jitter,
             platform=execution.hardware.platform,
             reduce_f32=execution.reduce_in_float32,

@@ -24,12 +24,13 @@ what all make of them is summed (ring of experts). ``ragged``: each choice is se
 ragged all-to-all. The second sends less where more devices share the experts than a token has choices."""
 
 
-def choose_exchange(name: ExpertExchange | Literal["auto"], choices: int, platform: str) -> ExpertExchange:
-    """What ``name`` stands for where a token has so many choices, on the mesh that is set."""
+def choose_exchange(
+    name: ExpertExchange | Literal["auto"], choices: int, devices: int, platform: str
+) -> ExpertExchange:
+    """What ``name`` stands for where a token has so many choices and so many devices share the experts."""
     if name != "auto":
         return name
-    is_less = jax.sharding.get_abstract_mesh().shape["expert"] > choices
-    return "ragged" if is_less and platform not in EMULATED_ON else "gather"
+    return "ragged" if devices > choices and platform not in EMULATED_ON else "gather"
 
 
 class ExpertParams(NamedTuple):

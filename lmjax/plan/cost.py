@@ -179,14 +179,20 @@ def _traffic(share: Share, mesh: MeshConfig, topology: Topology) -> Iterator[Tra
         # Each device of a slice fetches its part of what the others have, and passes it on inside.
         yield Traffic(axis, what, far, round(num_bytes * (parts - 1) / parts / inside))
 
-    matrices = numbers.matrices * setup.sizes["fsdp"]
+    whole = numbers._replace(**{name: count * setup.sizes["fsdp"] for name, count in numbers._asdict().items()})
     for axis in FSDP_AXES:
         # Over expert goes, after fsdp, what is no expert's.
-        part = matrices if axis == "fsdp" else (numbers.matrices - numbers.experts) * share.fsdp
+        part = whole.matrices if axis == "fsdp" else (whole.matrices - whole.experts) * setup.sizes["expert"]
+        again = 0
+        if setup.hardware.platform == "gpu" and setup.remat.policy != "none":
+            # Elsewhere the gradients find what was gathered to compute values again. The last product is not computed
+            # again, and experts gather inside of what is.
+            again = (whole.matrices - whole.experts - whole.down) * (1 if axis == "fsdp" else setup.sizes["expert"])
         table = share.table // (setup.sizes["expert"] if axis == "fsdp" else 1)
-        yield from over(axis, "matrices gathered", A * (passes + 1) * part * c)
+        yield from over(axis, "matrices gathered", A * (2 * part + again) * c)
         yield from over(axis, "gradients summed and split", A * part * reduced)
-        yield from over(axis, "tables gathered, their gradients summed", A * table * (2 * c + 2 * FLOAT32))
+        yield from over(axis, "tables gathered", A * (1 if setup.model.tie_embeddings else 2) * table * c)
+        yield from over(axis, "gradients of tables summed and split", A * 2 * table * FLOAT32)
     yield from over(
         "data", "gradients summed", A * 2 * (numbers.layers * reduced + 2 * share.table // share.fsdp * FLOAT32)
     )
@@ -196,11 +202,22 @@ def _traffic(share: Share, mesh: MeshConfig, topology: Topology) -> Iterator[Tra
         yield from over("tensor", "residual stream summed and split", (2 + (passes - 1) + 2) * number)
     elif share.tensor > 1:
         yield from over("tensor", "residual stream summed", 2 * (4 + passes - 1) * number)
-    for kind in setup.model.blocks:
-        if kind.mlp == "moe":
-            yield from over(
-                "expert", "tokens to experts and back", A * (passes + 1) * 2 * share.feed_forward(kind).rows
-            )
+    yield from over("expert", "tokens to experts and back", A * _exchanged(share, passes))
+
+
+def _exchanged(share: Share, passes: int) -> int:
+    """Bytes of the rows of all experts' devices that go to experts and back; how many go where is the router's to say,
+    and here they go everywhere alike."""
+    setup, moe = share.setup, share.setup.model.moe
+    if moe is None:
+        return 0
+    blocks = sum(kind.mlp == "moe" for kind in setup.model.blocks)
+    if moe.capacity_factor is not None:  # all slots, there and back
+        return blocks * 2 * (passes + 1) * share.expert_rows * setup.model.embed_dim * setup.compute_bytes
+    if setup.exchange == "ragged":
+        return blocks * 2 * (passes + 1) * share.whole * moe.experts_per_token
+    # All tokens come to each device, and what it made of them is summed: that is not computed again.
+    return blocks * (passes + 3) * share.whole * setup.sizes["expert"]
 
 
 def _parts(setup: Setup, mesh: MeshConfig, topology: Topology, axis: str) -> int:

@@ -26,6 +26,8 @@ _GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _GROUPS_BY_ORDER = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]+\})\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_LESS = re.compile(r"%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _VECTOR_MEMORY = re.compile(r'(?<=used_scoped_memory_configs":\[)\{"memory_space":"1","offset":"\d+","size":"(\d+)"\}')
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -132,7 +134,7 @@ class Sent(NamedTuple):
 def sent_by_axis(text: str, sizes: Mapping[str, int]) -> list[Sent]:
     """The collectives of a program by mesh axis, for a mesh with ``sizes`` whose devices are in the program's order.
 
-    A loop whose number of runs the compiler does not tell counts once.
+    A loop that does not count up to a constant counts once.
     """
     times = _times(text)
     totals: containers.Counter[tuple[str, str]] = containers.Counter()
@@ -178,11 +180,14 @@ def _times(text: str) -> Mapping[str, int]:
     calls = containers.defaultdict(list)
     called = set()
     names = set()
+    bounds = _loop_bounds(text)
     for instruction in instructions(text):
         names.add(instruction.computation)
         trips = 1
-        if instruction.kind == "while" and (found := _TRIPS.search(instruction.arguments)):
-            trips = int(found[1])
+        if instruction.kind == "while":
+            told, condition = _TRIPS.search(instruction.arguments), _CONDITION.search(instruction.arguments)
+            assert condition is not None
+            trips = int(told[1]) if told else bounds.get(condition[1], 1)
         for one, several in _CALLED.findall(instruction.arguments):
             for name in [one] if one else re.findall(r"[\w.\-]+", several):
                 calls[name].append((instruction.computation, trips))
@@ -193,6 +198,17 @@ def _times(text: str) -> Mapping[str, int]:
         return sum(times(caller) * trips for caller, trips in calls[name]) if name in called else 1
 
     return {name: times(name) for name in names}
+
+
+def _loop_bounds(text: str) -> dict[str, int]:
+    """Of computations that compare a counter with a constant, the conditions of loops from 0, that constant."""
+    constants, found = {}, {}
+    for instruction in instructions(text):
+        if instruction.kind == "constant" and (value := re.match(r"(\d+)\)", instruction.arguments)):
+            constants[instruction.name] = int(value[1])
+        elif instruction.kind == "compare" and (operands := _LESS.match(instruction.arguments)):
+            found[instruction.computation] = operands[1]
+    return {computation: constants[name] for computation, name in found.items() if name in constants}
 
 
 class _Found(NamedTuple):

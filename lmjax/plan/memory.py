@@ -73,6 +73,8 @@ class ParameterNumbers(NamedTuple):
     """Those of matrices of experts."""
     transposed: int
     """Those of other matrices whose first dimension is not the one that is gathered."""
+    down: int
+    """Those of the matrices with which dense MLPs end."""
     outside: int
     """Those outside of blocks: tables and the last norms."""
 
@@ -104,6 +106,7 @@ def _numbers(model: DecoderConfig, sizes: tuple[tuple[str, int], ...]) -> Parame
         if is_of_layers and path[-1] == "kernel":
             counts["matrices"] += num
             counts["experts"] += num if axes[0] == "experts" else 0
+            counts["down"] += num if path[-3:-1] == ("mlp", "down") else 0
             gathered = [dim for dim, axis in enumerate(axes) if axis in ("embed", "latent_in", "expert_embed")]
             counts["transposed"] += num if gathered != [0] and axes[0] != "experts" else 0
     return ParameterNumbers(**counts)

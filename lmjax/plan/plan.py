@@ -9,6 +9,7 @@ from lmjax.errors import InputError
 from lmjax.hardware import peak_flops
 from lmjax.mesh import AXES, MeshConfig, axis_sizes
 from lmjax.models.counts import parameter_count
+from lmjax.ops.experts import choose_exchange
 from lmjax.plan.compile import CompiledStep, kept_or_compiled, topology_mesh
 from lmjax.plan.cost import Bound, Cost, bound, cost
 from lmjax.plan.hlo import sent_by_axis
@@ -89,6 +90,12 @@ def make_setup(job: Job, topology: Topology) -> Setup:
         compute_bytes=job.precision.compute_dtype.itemsize,
         remat=job.train.remat,
         kernels=choose_kernels(job, topology.hardware),
+        exchange=choose_exchange(
+            job.train.expert_exchange,
+            1 if job.model.moe is None else job.model.moe.experts_per_token,
+            sizes["expert"],
+            topology.hardware.platform,
+        ),
         loss_chunk_tokens=job.train.loss_chunk_tokens,
         reduce_in_float32=job.precision.reduce_in_float32,
     )

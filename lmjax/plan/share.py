@@ -17,6 +17,7 @@ from lmjax.models.remat import RematConfig
 from lmjax.nn.embed import table_rows
 from lmjax.ops.attention_kernels import Choice
 from lmjax.ops.expert_dispatch import capacity_of
+from lmjax.ops.experts import ExpertExchange
 
 FLOAT32 = 4
 
@@ -40,6 +41,8 @@ class Setup:
     remat: RematConfig
     kernels: Mapping[str, Choice]
     """The attention kernel of each kind of block, and why it is this one."""
+    exchange: ExpertExchange
+    """How tokens reach experts on other devices."""
     loss_chunk_tokens: int
     reduce_in_float32: bool
     """Whether gradients of matrices are summed over devices in float32."""

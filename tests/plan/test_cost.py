@@ -9,6 +9,7 @@ from benchmarks.plan_accuracy import MODELS, POLICIES
 from lmjax.mesh import AXES, MeshConfig
 from lmjax.models.config import DecoderConfig
 from lmjax.models.counts import training_flops
+from lmjax.nn.moe import MoEConfig
 from lmjax.ops.attention_kernels import Choice
 from lmjax.plan.cost import Bound, Cost, Traffic, bound, cost
 from lmjax.plan.share import Setup
@@ -17,6 +18,7 @@ from lmjax.plan.topology import parse_topology
 pytestmark = pytest.mark.fast
 
 MODEL = DecoderConfig(vocab_size=256, max_length=64, embed_dim=32, num_layers=3, num_heads=4, mlp_dim=96)
+MODEL_OF_EXPERTS = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=8, experts_per_token=2))
 LENGTH = 64
 
 
@@ -32,6 +34,7 @@ def setup_of(topology: str, model: DecoderConfig = MODEL, **changes) -> Setup:
         compute_bytes=2,
         remat=POLICIES["none"],
         kernels=dict.fromkeys(("full", "sliding"), Choice("reference", "")),
+        exchange="gather",
         loss_chunk_tokens=1024,
         reduce_in_float32=False,
     )
@@ -70,14 +73,32 @@ def by_axis(found: Cost) -> dict[tuple[str, str], int]:
     return totals
 
 
+def gathered(topology: str = "v5e:2x4", **changes) -> int:
+    (found,) = (each for each in cost_of(topology, **changes).traffic if each.what == "matrices gathered")
+    assert found.axis == "fsdp"
+    return found.bytes
+
+
 def test_matrices_are_gathered_over_fsdp_and_their_gradients_split():
-    matrices = 3 * (4 * 32 * 32 + 3 * 32 * 96)
-    (gathered,) = (each for each in cost_of().traffic if each.what == "matrices gathered")
-    assert gathered == Traffic("fsdp", "matrices gathered", "ICI", 2 * matrices * 2 * 7 // 8)  # forward and backward
-    (gathered,) = (each for each in cost_of(accumulation=3).traffic if each.what == "matrices gathered")
-    assert gathered.bytes == 3 * 2 * matrices * 2 * 7 // 8
-    (summed,) = (each for each in cost_of(reduce_in_float32=True).traffic if "split" in each.what)
+    matrices, down = 3 * (4 * 32 * 32 + 3 * 32 * 96), 3 * 32 * 96
+    assert gathered() == gathered(remat=POLICIES["full"]) == 2 * matrices * 2 * 7 // 8  # forward and backward
+    assert gathered(accumulation=3) == 3 * gathered()
+    again = gathered("h200:8", remat=POLICIES["full"]) - gathered("h200:8")
+    assert again == (matrices - down) * 2 * 7 // 8
+    (summed,) = (each for each in cost_of(reduce_in_float32=True).traffic if each.what == "gradients summed and split")
     assert summed.bytes == matrices * 4 * 7 // 8
+
+
+def test_tokens_go_to_experts_as_the_exchange_sends_them():
+    """Of 16 x 64 tokens an eighth is on a device, in rows of 32 numbers of two bytes."""
+
+    def received(exchange: str) -> int:
+        found = cost_of(model=MODEL_OF_EXPERTS, sizes={"expert": 8}, exchange=exchange, remat=POLICIES["full"])
+        return sum(each.bytes for each in found.traffic if each.what.startswith("tokens"))
+
+    here = 16 * 64 * 32 * 2 // 8
+    assert received("ragged") == 3 * 6 * here * 2 * 7 // 8  # there and back: forward, computed again and backward
+    assert received("gather") == 3 * 5 * here * 8 * 7 // 8
 
 
 def test_axes_of_one_device_send_nothing():

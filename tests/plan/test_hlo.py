@@ -1,5 +1,7 @@
 """What is read from the text of a program: shapes and collectives, counted and measured exactly."""
 
+import re
+
 import pytest
 
 from lmjax.plan.hlo import (
@@ -130,6 +132,18 @@ ENTRY %main (a: f32[8,16]) -> f32[8,16] {{
 LOOPS = """\
 HloModule jit_step, num_partitions=8
 
+%below (n: s32[]) -> pred[] {
+  %five = s32[]{:T(128)} constant(5), metadata={op_name="jit(step)/while"}
+  %n = s32[]{:T(128)} parameter(0)
+  ROOT %lt = pred[]{:T(512)} compare(%n, %five), direction=LT, metadata={op_name="jit(step)/while/cond/lt"}
+}
+
+%thrice (m: s32[]) -> pred[] {
+  %three = s32[] constant(3)
+  %m = s32[] parameter(0)
+  ROOT %less = pred[] compare(%m, %three), direction=LT
+}
+
 %inner (x: f32[8,16]) -> f32[8,16] {
   %x = f32[8,16]{1,0} parameter(0)
   ROOT %sum = f32[8,16]{1,0} all-reduce(%x), replica_groups=[4,2]<=[2,2,2]T(0,2,1), to_apply=%add
@@ -162,9 +176,14 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
         "replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2], device_ids=([2,2,2]T(1,2,0)) {'axis_0','axis_1'}",
     ],
 )
-def test_what_is_sent_counts_by_mesh_axis_as_often_as_its_loop_runs(groups: str):
+@pytest.mark.parametrize("counts", ["by the compiler", "by the condition"])
+def test_what_is_sent_counts_by_mesh_axis_as_often_as_its_loop_runs(groups: str, counts: str):
     size = 8 * 16 * 4
-    assert {sent.axes: sent for sent in sent_by_axis(LOOPS.replace("GROUPS", groups), MESH)} == {
+    text = LOOPS.replace("GROUPS", groups)
+    if counts == "by the condition":
+        text = re.sub(r', backend_config=\{"known_trip_count":\{"n":"\d+"\}\}', "", text)
+        text = text.replace("condition=%below, body=%body", "condition=%thrice, body=%body")
+    assert {sent.axes: sent for sent in sent_by_axis(text, MESH)} == {
         "fsdp": Sent("fsdp", "all-reduce", 15, 15 * size),  # twice the half of it
         "data": Sent("data", "reduce-scatter", 3, 3 * size // 2),
         "tensor": Sent("tensor", "collective-permute", 1, size),

@@ -78,7 +78,12 @@ def test_every_device_is_a_square_or_in_one(found: dict[str, Any]):
 def test_many_devices_are_drawn_together_and_far_slices_not_at_all():
     mesh = ("mesh.data=4", "mesh.dcn_data=4", "mesh.fsdp=512")
     found = found_for(
-        "4xv5p:8x8x8", *mesh, "train.global_batch_size=2048", "model.embed_dim=1024", "model.mlp_dim=2048"
+        "4xv5p:8x8x8",
+        *mesh,
+        "train.global_batch_size=2048",
+        "model.embed_dim=1024",
+        "model.head_dim=64",
+        "model.num_heads=16",
     )
     it = layout(found)
     assert (it.slices, it.devices_a_cell) == (4, 2)
