@@ -1,5 +1,8 @@
 """Flags of the compiler: those of the hardware, those asked for, and those that the compiler does not know."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,6 +15,7 @@ from lmjax.xla_flags import FLAGS, Flag, compile_with_flags, flags_for
 pytestmark = pytest.mark.fast
 
 HOPPER = Hardware("gpu", "hopper")
+RECORD = Path(__file__).parent.parent / "benchmarks" / "results" / "xla_flags.jsonl"
 
 
 def flag(name: str, value: bool = True) -> Flag:
@@ -79,3 +83,16 @@ def test_an_error_about_something_else_is_not_taken_for_one(lowered, monkeypatch
     monkeypatch.setattr(lowered, "compile", fails, raising=False)
     with pytest.raises(jax.errors.JaxRuntimeError, match="of another kind"):
         compile_with_flags(lowered, CPU, {"xla_cpu_enable_fast_math": True})
+
+
+def test_each_is_known_to_the_compiler_of_its_hardware_and_changes_the_program():
+    """By what benchmarks/xla_flags.py recorded."""
+    rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
+    plain = [row for row in rows if not row["flags"]]
+    assert {"tpu v5e", "tpu v5p", "tpu v6e", "gpu hopper"} <= {row["hardware"] for row in plain}
+    assert not any(row["changes_program"] for row in plain)
+    for flag in FLAGS:
+        tried = [row for row in rows if row["flags"] == {flag.name: flag.value}]
+        tried = [row for row in tried if {row["hardware"], row["hardware"].split()[0]} & flag.hardware]
+        assert tried
+        assert all(row["changes_program"] for row in tried)

@@ -205,7 +205,7 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
         when = "before, in" if found["compiled_before"] else "in"
         lines.append(f"compiled: {_gib(compiled)} GiB a device, {when} {found['compile_seconds']:.0f} s; {error}")
     if memory is not None and found["fits"] is None:
-        lines.append("whether it fits is for --compile to say: latent attention is not in the estimate")
+        lines.append(f"whether it fits is for --compile to say: not in the estimate is {found['unaccounted']}")
     elif memory is not None:
         by = "as compiled" if compiled is not None else f"with a margin of {100 * found['margin']:.0f}%"
         needed = estimate if compiled is None else compiled

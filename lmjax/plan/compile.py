@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -139,9 +140,8 @@ def kept_or_compiled(
     what = json.dumps([FORMAT, about(lowered, mesh, asked)], sort_keys=True)
     name = hashlib.sha256(what.encode()).hexdigest()
     file = cache_root() / "plans" / f"{name}.json.gz"
-    if executable is None and file.exists():
-        fields = json.loads(gzip.decompress(file.read_bytes()))
-        return CompiledStep(**fields | {"unknown_flags": tuple(fields["unknown_flags"]), "is_kept": True})
+    if executable is None and (kept := _kept(file)) is not None:
+        return kept
     step = compile_lowered(lowered, mesh, asked, executable)
     with using_cache():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +149,15 @@ def kept_or_compiled(
         temporary.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(step)).encode()))
         temporary.replace(file)  # whole, or not at all
     return step
+
+
+def _kept(file: Path) -> CompiledStep | None:
+    """What a file of the cache says; None where there is none, or one that a full disk or a crash has cut off."""
+    try:
+        fields = json.loads(gzip.decompress(file.read_bytes()))
+        return CompiledStep(**fields | {"unknown_flags": tuple(fields["unknown_flags"]), "is_kept": True})
+    except (FileNotFoundError, gzip.BadGzipFile, EOFError, ValueError):
+        return None
 
 
 def _sizes(error: Exception) -> str:

@@ -121,7 +121,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     if memory is None:
         return "not known: CPUs have no memory of their own"
     if found["fits"] is None:
-        return f"for --compile to say, of {gib(memory)} GiB: latent attention is not in the estimate"
+        return f"for --compile to say, of {gib(memory)} GiB: not in the estimate is {found['unaccounted']}"
     compiled = found.get("compiled_bytes")
     left = memory - (found["estimate_bytes"] if compiled is None else compiled)
     by = f"with a margin of {100 * found['margin']:.0f}%" if compiled is None else "as compiled"

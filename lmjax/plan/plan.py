@@ -49,9 +49,9 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """By the compiler's figure, or by the estimate and MARGIN; None for CPUs, and for latent attention, of whose
-        vectors the estimate has no account yet, where only the compiler can say."""
-        if self.memory is None or (self.compiled is None and self.setup.model.latent is not None):
+        """By the compiler's figure, or by the estimate and MARGIN; None for CPUs, and for what the estimate has no
+        account of, where only the compiler can say."""
+        if self.memory is None or (self.compiled is None and unaccounted(self.setup) is not None):
             return None
         needed = self.peak.bytes * (1 + MARGIN) if self.compiled is None else self.compiled.total_bytes
         return needed <= self.memory
@@ -64,6 +64,15 @@ class Plan:
         peak = peak_flops(self.topology.machine.device_kind)
         assert peak is not None
         return self.cost.model_flops / (self.bound.seconds * peak * self.topology.num_devices)
+
+
+def unaccounted(setup: Setup) -> str | None:
+    """What of a step the account of memory does not have yet, in words; None where it has all."""
+    if setup.model.latent is not None:
+        return "latent attention (model.latent)"
+    if setup.hardware.platform == "tpu" and any(each.name == "reference" for each in setup.kernels.values()):
+        return "attention that has all scores at once (the kernel `reference`) on TPUs"
+    return None
 
 
 def make_setup(job: Job, topology: Topology) -> Setup:
@@ -143,6 +152,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "estimate_bytes": largest.bytes,
         "device_bytes": plan.memory,
         "fits": plan.fits,
+        "unaccounted": unaccounted(setup),
         "margin": MARGIN,
         "estimate_of": f"JAX {'.'.join(map(str, COMPILERS))}",
         "peak": largest.name,

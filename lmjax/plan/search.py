@@ -12,7 +12,7 @@ from lmjax.mesh import MeshConfig
 from lmjax.models.remat import RematConfig
 from lmjax.plan.cost import Bound, bound, cost
 from lmjax.plan.memory import peak, stages
-from lmjax.plan.plan import MARGIN, Plan, make_plan, make_setup
+from lmjax.plan.plan import MARGIN, Plan, make_plan, make_setup, unaccounted
 from lmjax.plan.topology import Topology, parse_topology, sizes_text, topology_devices
 from lmjax.train.job import Job
 
@@ -67,11 +67,6 @@ def search(job: Job, topology: Topology) -> Found:
     machine = topology.machine
     if machine is None:
         raise InputError(f"--search has no effect: how fast {topology.name} is, is not known. Name TPUs or GPUs.")
-    if job.model.latent is not None:
-        raise InputError(
-            "--search cannot tell what fits: the estimate has no account of latent attention (model.latent). Plan one "
-            "mesh at a time, with --compile."
-        )
     fitting, tried, least, refusal = [], 0, None, None
     for mesh, accumulation in itertools.product(meshes(job, topology), divisors(job.train.global_batch_size)):
         for remat in POLICIES:
@@ -83,6 +78,11 @@ def search(job: Job, topology: Topology) -> Found:
             except InputError as error:
                 refusal = refusal or error
                 break  # what is refused does not depend on the policy
+            if (missing := unaccounted(setup)) is not None:
+                raise InputError(
+                    f"--search cannot tell what fits: the estimate has no account of {missing}. Plan one mesh at a "
+                    "time, with --compile."
+                )
             tried += 1
             seconds = bound(cost(setup, mesh, topology), topology)
             assert seconds is not None

@@ -96,6 +96,14 @@ def test_what_the_estimate_has_no_account_of_is_left_to_the_compiler(config: str
         plan(config, latent, topology="v5e:2x4", searches=True)
 
 
+def test_scores_of_whole_rows_on_tpus_are_for_the_compiler_to_say(config: str, capsys):
+    scores = ["train.attention_kernel=reference"]
+    assert planned(capsys, config, scores, topology="v5e:2x4")["fits"] is None
+    assert planned(capsys, config, scores, topology="h200:8")["fits"] is True
+    with pytest.raises(InputError, match="no account of attention that has all scores"):
+        plan(config, scores, topology="v5e:2x4", searches=True)
+
+
 def test_tables_show_the_same(config: str, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     plan(config, ["mesh.tensor=2"], topology="h200:8", price=3.0)
