@@ -1,7 +1,8 @@
 """The only place that knows the differences between JAX and Flax versions, and their private names."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -37,6 +38,21 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     # compiler's own assignment of buffers has 5.2. The peak is that of the assignment in all versions.
     lasting = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return max(0, memory.peak_memory_in_bytes - lasting)
+
+
+@contextlib.contextmanager
+def compiling_anew() -> Iterator[None]:
+    """Leave JAX's own cache of compiled programs alone: what is read from it, CPUs cannot always write down again."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else it goes by what it found when it was first asked
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def varying_axes(array: jax.Array) -> frozenset[str]:

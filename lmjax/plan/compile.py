@@ -1,5 +1,6 @@
 """A train step compiled for devices that are not here: what it needs, and what it sends."""
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from lmjax.compat import temporary_bytes
+from lmjax.compat import compiling_anew, temporary_bytes
 from lmjax.errors import InputError
 from lmjax.hardware import hardware
 from lmjax.mesh import MeshConfig, make_mesh
@@ -101,7 +102,8 @@ def compile_lowered(
     """
     began = time.perf_counter()
     try:
-        built = compile_with_flags(lowered, hardware(mesh.devices.flat[0]), asked)
+        with compiling_anew() if executable is not None else contextlib.nullcontext():
+            built = compile_with_flags(lowered, hardware(mesh.devices.flat[0]), asked)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -13,9 +13,10 @@ from lmjax.ops.experts import choose_exchange
 from lmjax.plan.compile import CompiledStep, kept_or_compiled, topology_mesh
 from lmjax.plan.cost import Bound, Cost, bound, cost
 from lmjax.plan.hlo import sent_by_axis
+from lmjax.plan.layout import check_layout
 from lmjax.plan.memory import Stage, peak, stages
 from lmjax.plan.share import Setup
-from lmjax.plan.topology import Topology, check_layout, parse_topology, topology_devices
+from lmjax.plan.topology import Topology, parse_topology, topology_devices
 from lmjax.train.job import Job, check_routing, check_shapes, choose_kernels, lower_program, make_program
 
 COMPILERS = (0, 12)

