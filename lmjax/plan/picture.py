@@ -146,10 +146,11 @@ def draw_memory(found: Mapping[str, Any]) -> bytes:
     bars, compiled = stage_bars(found), found.get("compiled_bytes")
     memory: int | None = found["device_bytes"]
     longest = max(bar.end for bar in bars)
+    peak = [bar.end for bar in bars].index(longest)  # of stages alike, the first
     margin = found["margin"] if memory is not None and compiled is None and found["fits"] is not None else 0
     end = max(longest * (1 + margin), compiled or 0)
     near = memory if memory is not None and memory <= FAR * end else None
-    end = 1.04 * max(end, near or 0)
+    end = max((1.3 if margin else 1.15) * end, 1.04 * (near or 0))  # room for what stands behind the longest bar
     figure = Figure(figsize=(11, 1.9 + 0.5 * len(bars)), layout="constrained")
     axes = figure.subplots()
     drawn = [kind for kind in KINDS if any(segment.kind == kind for bar in bars for segment in bar.segments)]
@@ -165,15 +166,15 @@ def draw_memory(found: Mapping[str, Any]) -> bytes:
                 middle = (part.start + part.length / 2) / GIB
                 axes.text(middle, y, gib(part.length), ha="center", va="center", fontsize=8, color=ink(colour))
     for y, bar in enumerate(bars):
-        beyond = margin * bar.end if bar.end == longest else 0
+        beyond = margin * bar.end if y == peak else 0
         if beyond:
             label = f"{100 * margin:.0f}% more, with which it has to fit"
             left, width = bar.end / GIB, beyond / GIB
             axes.barh(y, width, left=left, height=0.62, color="white", edgecolor=GREY, hatch="////", label=label)
-        inside = bar.end + beyond > 0.88 * end
-        x, side = (bar.end - 0.006 * end, "right") if inside else (bar.end + beyond + 0.006 * end, "left")
-        weight = "bold" if bar.end == longest else "normal"
-        axes.text(x / GIB, y - (0.42 if inside else 0), gib(bar.end), ha=side, va="center", fontsize=9, weight=weight)
+        told = f"{gib(bar.end)}, with these {gib(bar.end + beyond)}" if beyond else gib(bar.end)
+        weight = "bold" if y == peak else "normal"
+        text = axes.text((bar.end + beyond + 0.008 * end) / GIB, y, told, va="center", fontsize=9, weight=weight)
+        text.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 1.5})  # a line does not go through the figures
     lines = [(near, RED, "-", f"a device has {gib(near)} GiB")] if near else []
     lines += [(compiled, "black", "--", f"the compiler's figure, {gib(compiled)} GiB")] if compiled else []
     for num_bytes, colour, style, label in lines:

@@ -29,6 +29,8 @@ CELLS = 256
 """Squares of a slice or host, at most: beyond it one stands for several devices."""
 ALL_CELLS = 512
 """Squares of a picture, at most: beyond it only the first slices or hosts are drawn."""
+GAP = 0.3
+"""Between turns of the last axis that stand in one row, in squares."""
 
 
 class Cell(NamedTuple):
@@ -52,6 +54,8 @@ class Layout(NamedTuple):
     """The first of the slices; the others go on in the same way."""
     rows: int
     columns: int
+    turn: int
+    """Squares of a turn of the last axis that is longer than a square: neighbours, with a gap behind them."""
     inside: Mapping[str, int]
     """Positions on each axis inside of a slice."""
     cells: tuple[Cell, ...]
@@ -97,7 +101,9 @@ def layout(found: Mapping[str, Any]) -> Layout:
                 (int(parts[slice_, held].min()), int(parts[slice_, held].max())) for parts in (parameters, sequences)
             ]
             cells.append(Cell(slice_, number // columns, number % columns, a_cell, *ends))
-    return Layout(slices, drawn, size // a_cell // columns, columns, inside, tuple(cells))
+    last = next((inside[axis] for axis in reversed(AXES) if inside[axis] > 1), 1)
+    turn = last // a_cell if last % a_cell == 0 and last // a_cell < columns else columns
+    return Layout(slices, drawn, size // a_cell // columns, columns, turn, inside, tuple(cells))
 
 
 def _part(at: Mapping[str, np.ndarray], sizes: Mapping[str, int], axes: Sequence[str]) -> np.ndarray:
@@ -121,39 +127,46 @@ def draw_mesh(found: Mapping[str, Any]) -> bytes:
         ("Sequences", BATCH_AXES, [cell.sequences for cell in it.cells]),
     ]
     # Slices beside each other as far as there is room, and both maps beside each other where one slice is all.
-    a_row = max(1, min(it.drawn, 48 // (it.columns + 1)))
-    width, height = a_row * (it.columns + 1), -(-it.drawn // a_row) * (it.rows + 1.2)
     beside = it.drawn == 1
+    wide, high = _size(it)
+    a_row = max(1, min(it.drawn, int(48 // wide)))
+    width, height = a_row * wide, -(-it.drawn // a_row) * high
     inches = min(0.62, (5.2 if beside else 10.6) / width)
-    high = height * inches + 0.55
-    figure = Figure(figsize=(11, high if beside else 2 * high), layout="constrained")
+    tall = height * inches + 0.45
+    figure = Figure(figsize=(11, tall if beside else 2 * tall), layout="constrained")
     for axes, (title, of, parts) in zip(figure.subplots(*((1, 2) if beside else (2, 1))), maps, strict=True):
         num_parts = math.prod(sizes[axis] for axis in of)
-        same = "one colour: the same part" if num_parts > 1 else "all on every device"
-        axes.set_title(f"{title} in {num_parts:,} part{'s' * (num_parts > 1)}; {same}", fontsize=11)
+        said = f" in {num_parts:,} parts; one number: the same part" if num_parts > 1 else ": all on every device"
+        axes.set_title(title + said, fontsize=11)
         _squares(axes, it, parts, num_parts, a_row, inches, part_name(found))
         axes.set_xlim(-0.2, width - 0.8)
-        axes.set_ylim(height - 0.9, -1.0)
+        axes.set_ylim(height - (high - it.rows), it.rows - high)
         axes.set_aspect("equal")
         axes.axis("off")
     return to_png(figure)
 
 
+def _size(it: Layout) -> tuple[float, float]:
+    """Of a slice, in squares: its width with gaps and what is left free, its height with its name."""
+    return it.columns + 1 + GAP * (it.columns // it.turn - 1), it.rows + (1.0 if it.slices > 1 else 0.15)
+
+
 def _squares(
     axes: Axes, it: Layout, parts: list[tuple[int, int]], num_parts: int, a_row: int, inches: float, name: str
 ) -> None:
+    wide, high = _size(it)
     longest = max(len(_range(part)) for part in parts)
     points = min(9.0, 72 * inches * 0.9 / (0.62 * longest))
     for cell, part in zip(it.cells, parts, strict=True):
-        x = cell.slice % a_row * (it.columns + 1) + cell.column
-        y = cell.slice // a_row * (it.rows + 1.2) + cell.row
+        x = cell.slice % a_row * wide + cell.column + GAP * (cell.column // it.turn)
+        y = cell.slice // a_row * high + cell.row
         colour = colormaps["viridis"](part[0] / max(1, num_parts - 1))
         axes.add_patch(Rectangle((x, y), 0.92, 0.92, facecolor=colour, linewidth=0))
         if points >= 4:
             style = {"fontsize": points, "color": ink(colors.to_hex(colour)), "ha": "center", "va": "center"}
             axes.text(x + 0.46, y + 0.46, _range(part), **style)
     for number in range(it.drawn if it.slices > 1 else 0):
-        x, y = number % a_row * (it.columns + 1), number // a_row * (it.rows + 1.2)
+        x, y = number % a_row * wide, number // a_row * high
         axes.text(x, y - 0.15, f"{name} {number}", ha="left", va="bottom", fontsize=9)
 
 
@@ -162,7 +175,10 @@ def explanation(found: Mapping[str, Any]) -> str:
     it, name = layout(found), part_name(found)
     order = ", then ".join(f"{axis} ({size})" for axis, size in reversed([*it.inside.items()]) if size > 1)
     said = ["A square is a device." if it.devices_a_cell == 1 else f"A square is {it.devices_a_cell} devices."]
-    said.append("The number in it is the part that it has, counted from 0.")
+    if it.devices_a_cell == 1:
+        said.append("The number in it is the part that it has, counted from 0.")
+    else:
+        said.append("The numbers in it are the first and the last of the parts that they have, counted from 0.")
     if order:
         said.append(f"Squares follow each other row by row, along {order}.")
     if it.drawn < it.slices:

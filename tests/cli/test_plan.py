@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lmjax.cli.plan import plan
+from lmjax.cli.plan import _compiler_lines, plan
 from lmjax.errors import InputError
 from lmjax.plan.plan import MARGIN
 
@@ -151,11 +151,43 @@ def test_a_search_is_ranked_and_written_as_a_config_to_train_by(config: str, cap
         ([], {"topology": "v5e:2x4", "price": -1.0}, "--price is -1.0"),
         ([], {"topology": "v5e:2x4", "write": "x.yaml"}, "--write is for what --search finds"),
         ([], {"topology": "cpu:8", "searches": True}, "--search has no effect"),
+        ([], {"topology": "cpu:8", "executable": "step"}, "--executable is for what --compile makes"),
+        ([], {"topology": "v5e:2x4", "executable": "step", "compiles": True, "searches": True}, "of one plan"),
+        (["mesh.fsdp=32", "mesh.tensor=2"], {"topology": "v5p:4x4x4"}, "cannot be laid out"),
+        (["train.xla_flags.xla_none=null"], {"topology": "cpu:8", "compiles": True}, "xla_none is null"),
+        (["train.xla_flags.xla_none=true"], {"topology": "cpu:8", "compiles": True}, "refuses xla_none=True"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(config: str, overrides: list[str], options: dict, message: str):
     with pytest.raises(InputError, match=message):
         plan(config, overrides, **options)
+
+
+def test_no_file_is_overwritten(config: str, tmp_path: Path):
+    file = tmp_path / "step"
+    file.write_text("somebody's")
+    with pytest.raises(InputError, match=r"--executable .*step: is there already"):
+        plan(config, topology="cpu:8", compiles=True, executable=str(file))
+    with pytest.raises(InputError, match=r"--write .*step: is there already"):
+        plan(config, topology="v5e:2x4", searches=True, write=str(file))
+    assert file.read_text() == "somebody's"
+
+
+def test_a_page_is_written_beside_what_is_printed(config: str, capsys, tmp_path: Path):
+    file = tmp_path / "plan.html"
+    found = planned(capsys, config, topology="v5e:2x4", report=str(file), searches=True, price=1.0)
+    page = file.read_text()
+    assert f"{found['run_cost_bound']:,.2f} the run" in page
+    assert f"The best of {found['search']['fitting']:,} that fit" in page
+
+
+def test_compiler_flags_of_the_hardware_are_told(config: str, capsys):
+    compiled = {"xla_flags": {"xla_x": 3}, "unknown_xla_flags": ["xla_y"], "kernel_memory": {"flash_dq": 3 * 2**20}}
+    lines = _compiler_lines(compiled)
+    assert lines[0] == "compiler flags: xla_x=3"
+    assert "xla_y" in lines[1]
+    assert lines[2] == "vector memory of kernels, in MiB: flash_dq 3.0"
+    assert _compiler_lines(planned(capsys, config, topology="v5e:2x4")) == []
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -3,18 +3,23 @@
 import collections
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lmjax.cli.run_directory import to_job
 from lmjax.config import load
 from lmjax.errors import InputError
-from lmjax.mesh import AXES, MeshConfig, make_mesh
-from lmjax.plan.picture import bound_bars, facts, render, stage_bars, write_plan
+from lmjax.mesh import AXES, BATCH_AXES, MeshConfig, make_mesh
+from lmjax.plan.picture import KINDS, bound_bars, facts, render, stage_bars, write_plan
 from lmjax.plan.picture_mesh import axis_rows, explanation, layout, places
 from lmjax.plan.plan import as_json, make_plan
+from lmjax.plan.saved import Kind
 from lmjax.plan.topology import topology_devices
+from lmjax.sharding import parameter_spec
 
 pytestmark = pytest.mark.fast
 
@@ -63,6 +68,39 @@ def test_a_bar_is_as_long_as_the_bytes_of_its_stage(found: dict[str, Any]):
         ends = [0, *(segment.start + segment.length for segment in bar.segments)]
         assert [segment.start for segment in bar.segments] == ends[:-1]
         assert all(segment.length > 0 for segment in bar.segments)
+
+
+def test_every_kind_of_array_has_a_colour_of_its_own():
+    assert set(KINDS) == set(get_args(Kind))
+    assert len({colour for colour, _ in KINDS.values()}) == len(KINDS)
+
+
+MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "expert": 4})
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_squares_have_the_same_number_where_jax_puts_the_same_part(sizes: dict[str, int]):
+    config = MeshConfig(**{"fsdp": 1, **sizes})
+    mesh = make_mesh(config, jax.devices()[:8])
+    it = layout({"topology": "cpu:8", "mesh": dict(mesh.shape), "dcn": {"data": 1, "fsdp": 1}})
+    shape = (64, 64)
+    specs = {"parameters": parameter_spec(("embed", "mlp"), shape, mesh.shape), "sequences": PartitionSpec(BATCH_AXES)}
+    for what, spec in specs.items():
+        parts = NamedSharding(mesh, spec).devices_indices_map(shape)
+        ours = [getattr(cell, what) for cell in it.cells]
+        theirs = [str(parts[device]) for device in mesh.devices.flat]
+        assert all(first == last for first, last in ours)
+        assert np.array_equal(np.equal.outer(theirs, theirs), [[a == b for b in ours] for a in ours])
+
+
+def test_gaps_are_between_whole_turns_of_the_last_axis(found: dict[str, Any]):
+    it = layout(found)
+    assert it.columns % it.turn == 0
+    turns = collections.defaultdict(set)
+    for cell in it.cells:
+        turns[cell.slice, cell.row, cell.column // it.turn].add(cell.sequences)
+    if found["mesh"]["tensor"] > 1:
+        assert all(len(sequences) == 1 for sequences in turns.values())  # that tensor does not split
 
 
 def test_every_device_is_a_square_or_in_one(found: dict[str, Any]):

@@ -284,6 +284,11 @@ def test_a_step_compiled_by_the_planner_is_loaded_and_gives_the_same_run(
     assert "compiled for something else (program" in capsys.readouterr().err
 
 
+def test_an_executable_and_a_dry_run_do_not_go_together(experiment: Experiment, capsys: pytest.CaptureFixture[str]):
+    assert lmjax("train", experiment("dry"), "--dry-run", "--executable", "step") == 2
+    assert "--executable has no effect with --dry-run" in capsys.readouterr().err
+
+
 def test_flags_of_the_compiler_are_told_and_a_wrong_one_is_refused(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
