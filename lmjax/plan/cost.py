@@ -227,6 +227,7 @@ def _parts(setup: Setup, mesh: MeshConfig, topology: Topology, axis: str) -> int
         return asked
     if mesh.dcn_data * mesh.dcn_fsdp > 1:
         return 1
-    # Devices in their order: the last axes fill a host first.
+    # Devices in their order: the last axes fill a host first. Where hosts and turns of an axis do not end together, it
+    # counts as cut into as many as it reaches.
     inner = math.prod(setup.sizes[name] for name in AXES[AXES.index(axis) + 1 :])
-    return max(1, math.gcd(setup.sizes[axis], -(-inner * setup.sizes[axis] // topology.slice_devices)))
+    return min(setup.sizes[axis], -(-inner * setup.sizes[axis] // topology.slice_devices))

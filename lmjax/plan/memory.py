@@ -51,7 +51,7 @@ def stages(setup: Setup) -> tuple[Stage, ...]:
     for number, segment in enumerate(setup.model.segments):
         block = (*lasting, *_casts(share), *_saved(share), *_accumulated(share), *gradients)
         name = "backward pass of the blocks" + (f" of segment {number}" if len(setup.model.segments) > 1 else "")
-        found += [Stage(name, (*block, *arrays)) for arrays in _blocks(share, segment.pattern)]
+        found += [Stage(name + at, (*block, *arrays)) for at, arrays in _blocks(share, segment.pattern).items()]
     found.append(Stage("gradient of the embedding", (*lasting, *gradients, *_accumulated(share), *_lookup(share))))
     found.append(Stage("update", (*lasting, *gradients)))
     return tuple(Stage(name, tuple(array for array in arrays if array.bytes)) for name, arrays in found)
@@ -188,14 +188,14 @@ def _lookup(share: Share) -> Iterator[Array]:
     yield Array("activations", "gradient of the embeddings", share.whole // share.setup.compute_bytes * FLOAT32)
 
 
-def _blocks(share: Share, pattern: tuple[BlockKind, ...]) -> tuple[tuple[Array, ...], ...]:
+def _blocks(share: Share, pattern: tuple[BlockKind, ...]) -> dict[str, tuple[Array, ...]]:
     """Of the blocks of a pattern while one of them goes backward: what lives at each time that can be the peak."""
-    match share.setup.hardware.platform:
-        case "tpu":
-            return tuple(tuple(_block_tpu(share, kind)) for kind in dict.fromkeys(pattern))
-        case "gpu":
-            return tuple(tuple(_blocks_gpu(share, pattern, at)) for at in ("attention", "projections"))
-    return tuple(tuple(_block_cpu(share, kind)) for kind in dict.fromkeys(pattern))
+    platform, kinds = share.setup.hardware.platform, dict.fromkeys(pattern)
+    if platform == "gpu":
+        return {f", at {at}": tuple(_blocks_gpu(share, pattern, at)) for at in ("attention", "projections")}
+    block = _block_tpu if platform == "tpu" else _block_cpu
+    names = {kind: f", {kind.attention} attention and {kind.mlp} MLP" if len(kinds) > 1 else "" for kind in kinds}
+    return {name: tuple(block(share, kind)) for kind, name in names.items()}
 
 
 def _block_tpu(share: Share, kind: BlockKind) -> Iterator[Array]:

@@ -126,6 +126,13 @@ def test_between_hosts_the_last_axes_fill_a_host_first():
     assert ("fsdp", "NVLink") not in found
 
 
+def test_an_axis_that_straddles_hosts_goes_over_the_network():
+    model = dataclasses.replace(MODEL, num_heads=6, head_dim=8, vocab_size=768)
+    mesh = MeshConfig(fsdp=4, tensor=6)
+    found = by_axis(cost_of("3xh200:8", mesh, model=model, sizes={"fsdp": 4, "tensor": 6}))
+    assert ("fsdp", "network") in found
+
+
 def test_the_bound_is_the_slowest_part_at_its_peak():
     topology = parse_topology("v5p:2x2x2")
     found = Cost(

@@ -145,7 +145,9 @@ def test_another_policy_stacks_something_else():
 @pytest.mark.parametrize("topology", ["cpu:8", "v5p:2x2x2", "h200:8"])
 def test_each_stage_names_what_it_holds(topology: str):
     for model, policy in itertools.product(MODELS, POLICIES):
-        for stage in stages(setup_of(case_of(model, policy, topology=topology, compute="bfloat16"))):
+        found = stages(setup_of(case_of(model, policy, topology=topology, compute="bfloat16")))
+        assert len({stage.name for stage in found}) == len(found)
+        for stage in found:
             assert stage.bytes == sum(array.bytes for array in stage.arrays)
             assert all(array.bytes > 0 and isinstance(array.bytes, int) for array in stage.arrays)
 
