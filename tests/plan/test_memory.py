@@ -126,7 +126,7 @@ def test_what_is_saved_is_what_jax_stacks(case: Case):
 def test_what_is_saved_of_all_scores_is_what_jax_stacks(model: str):
     case = case_of(model, "none", topology="h200:8", length=512, kernel="reference")
     assert_saved_is_stacked(case)
-    assert accounted_bytes(case) > 1.2 * accounted_bytes(dataclasses.replace(case, kernel="chunked"))
+    assert accounted_bytes(case) > 1.1 * accounted_bytes(dataclasses.replace(case, kernel="chunked"))
 
 
 @pytest.mark.slow
