@@ -198,8 +198,9 @@ def _traffic(share: Share, mesh: MeshConfig, topology: Topology) -> Iterator[Tra
     )
     number = len(setup.model.blocks) * A * share.whole
     if share.is_sequence_split:
-        yield from over("tensor", "residual stream gathered", (2 + 2 * (passes - 1) + 2) * number)
-        yield from over("tensor", "residual stream summed and split", (2 + (passes - 1) + 2) * number)
+        once = A * share.whole  # the last hidden states for the loss, and their gradient
+        yield from over("tensor", "residual stream gathered", (2 + 2 * (passes - 1) + 2) * number + once)
+        yield from over("tensor", "residual stream summed and split", (2 + (passes - 1) + 2) * number + once)
     elif share.tensor > 1:
         yield from over("tensor", "residual stream summed", 2 * (4 + passes - 1) * number)
     yield from over("expert", "tokens to experts and back", A * _exchanged(share, passes))
