@@ -221,7 +221,7 @@ state_of() { # RESOURCE NAME FIELD: state, or ABSENT; fails where gcloud does no
   done
 }
 
-pause() { in_background sleep "$poll"; }
+pause() { in_background sleep "$poll" >/dev/null 2>&1; } # not to hold the output open, should a signal miss it
 
 create() {
   [[ $dry_run == 1 ]] || say "making the queued resource $name: $slices x $accelerator"
