@@ -221,7 +221,11 @@ state_of() { # RESOURCE NAME FIELD: state, or ABSENT; fails where gcloud does no
   done
 }
 
-pause() { in_background sleep "$poll" >/dev/null 2>&1; } # not to hold the output open, should a signal miss it
+pause() { # its output is not this script's, which it would hold open should a signal come before it is among the jobs
+  sleep "$poll" >/dev/null 2>&1 &
+  jobs=($!)
+  finished $!
+}
 
 create() {
   [[ $dry_run == 1 ]] || say "making the queued resource $name: $slices x $accelerator"

@@ -1,5 +1,7 @@
 """Google Cloud for launch/tpu_vm.sh: a stub of gcloud with TPUs whose states and hosts a test decides on."""
 
+import functools
+import signal
 import subprocess
 from pathlib import Path
 
@@ -61,7 +63,9 @@ esac
     def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
         arguments, environment = self.command("tpu_vm.sh", "pod", "zone-a", *command, **variables)
         pipe = subprocess.PIPE
-        return subprocess.Popen(arguments, env=environment, stdout=pipe, stderr=pipe, text=True)
+        # A shell starts what it runs in the background with INT ignored, which no trap can take back.
+        heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(arguments, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard)
 
     @property
     def words(self) -> list[str]:
