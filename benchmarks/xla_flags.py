@@ -5,7 +5,7 @@
 A step of a model of 0.9 billion parameters is compiled without any and with each set; a row says whether the compiled
 program is another one, and the bytes of a device. Of speed it says nothing: that wants the hardware. Flags that change
 nothing, because the compiler does so by itself or has no use for them, are not in ``lmjax.xla_flags``. Needs libtpu, or
-for GPUs JAX's CUDA plugin. Sets with ``dcn`` in their names are compiled for topologies of two slices.
+for GPUs JAX's CUDA plugin.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from lmjax.hardware import hardware
 from lmjax.mesh import MeshConfig
 from lmjax.plan.compile import topology_mesh
 from lmjax.plan.topology import parse_topology, topology_devices
-from lmjax.train.job import lower_program, make_program
-from lmjax.xla_flags import FLAGS, Value
+from lmjax.train.job import Job, lower_program, make_program
+from lmjax.xla_flags import Value
 
 MAXTEXT = "MaxText 0.2.4, benchmarks/xla_flags_library.py"
 RECIPES = "gpu-recipes (2026-08), A3 Ultra, Llama-3.1-70B"
@@ -87,7 +87,7 @@ SETS: dict[str, dict[str, tuple[str, dict[str, Value]]]] = {
 """By platform and name: who sets them, and what."""
 
 
-def job(topology: str) -> Any:
+def job(topology: str) -> Job:
     found = parse_topology(topology)
     data = found.slices
     case = Case(model="grouped", topology=topology, data=data, fsdp=8 // data, rows=16, length=4096, policy="full")
@@ -104,16 +104,14 @@ def program(text: str) -> str:
 def rows(topology: str) -> Any:
     topology_devices(topology)
     jax.config.update("jax_platforms", "cpu")
-    made = make_program(job(topology), topology_mesh(job(topology).mesh, topology))
-    lowered = lower_program(job(topology), made)
+    run = job(topology)
+    made = make_program(run, topology_mesh(run.mesh, topology))
+    lowered = lower_program(run, made)
     plain = None
     sets = {"none": ("", {}), **SETS[made.execution.hardware.platform]}
     for name, (source, flags) in sets.items():
         row = {"name": "xla_flags", "topology": topology, "set": name, "source": source, "flags": flags}
         row["hardware"] = str(hardware(made.mesh.devices.flat[0]))
-        row["is_used"] = bool(flags) and all(
-            any(each.name == flag and each.value == value for each in FLAGS) for flag, value in flags.items()
-        )
         options: dict[str, Any] = dict(flags)
         try:
             compiled = lowered.compile(compiler_options=options)

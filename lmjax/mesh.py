@@ -51,7 +51,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in AXES}
-        for axis, parts in _crossing(self).items():
+        for axis, parts in crossing(self).items():
             if parts < 1:
                 raise ValueError(f"mesh.dcn_{axis} is {parts}; it has to be 1 or more")
             if sizes[axis] > 0 and sizes[axis] % parts:
@@ -83,7 +83,7 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
             f"mesh: {product} = {known} devices, but {num_devices} are here. "
             f"Choose sizes whose product is {num_devices}, or set one axis to -1."
         )
-    for axis, parts in _crossing(config).items():
+    for axis, parts in crossing(config).items():
         if sizes[axis] % parts:
             raise InputError(
                 f"mesh: {num_devices} devices / ({product}) leave {axis} {sizes[axis]}, which does not divide into "
@@ -100,7 +100,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(config, len(devices))
-    across = [_crossing(config).get(axis, 1) for axis in AXES]
+    across = [crossing(config).get(axis, 1) for axis in AXES]
     inside = [size // parts for size, parts in zip(sizes.values(), across, strict=True)]
     granule = _granule(config, devices)
     if granule is None:
@@ -142,8 +142,8 @@ def _told(sizes: Mapping[str, int], devices: Sequence[Any]) -> Iterator[None]:
         ) from error
 
 
-def _crossing(config: MeshConfig) -> dict[str, int]:
-    """The axes that may cross slices, and into how many parts that cuts each."""
+def crossing(config: MeshConfig) -> dict[str, int]:
+    """The axes that may cross the network between slices or hosts, and into how many parts that cuts each."""
     return {"data": config.dcn_data, "fsdp": config.dcn_fsdp}
 
 

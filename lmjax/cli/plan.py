@@ -8,6 +8,7 @@ import typer
 from lmjax.cli.arguments import AsJson, ConfigFile, Overrides
 from lmjax.cli.table import print_json, print_table
 from lmjax.errors import InputError
+from lmjax.plan.words import gib, mesh_text, remat_text
 
 Topology = Annotated[
     str,
@@ -124,7 +125,6 @@ def plan(
     print_json(found) if as_json else _print(found)
 
 
-GIB = 2**30
 RANKED = 10
 """Candidates of a search that are shown."""
 
@@ -153,21 +153,20 @@ def _print(found: dict[str, Any]) -> None:
     if "search" in found:
         _print_ranking(found["search"])
     devices = f"{found['devices']:,} devices of {found['topology']}"
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "1 device"
-    rows = [(array["kind"], array["name"], _gib(array["bytes"])) for array in found["arrays"]]
+    rows = [(array["kind"], array["name"], gib(array["bytes"])) for array in found["arrays"]]
     print_table(f"Memory of a device at its peak, the {found['peak']}, in GiB", ("kind", "arrays", "GiB"), rows)
-    rows = [(stage["name"], _gib(stage["bytes"])) for stage in found["stages"]]
+    rows = [(stage["name"], gib(stage["bytes"])) for stage in found["stages"]]
     print_table("Stages of a step", ("stage", "GiB"), rows)
     if found["traffic"]:
-        rows = [(row["axis"], row["what"], row["link"], _gib(row["bytes"])) for row in found["traffic"]]
+        rows = [(row["axis"], row["what"], row["link"], gib(row["bytes"])) for row in found["traffic"]]
         print_table("What a device receives in a step", ("axis", "what", "link", "GiB"), rows)
     if "sent" in found:
-        rows = [(row["axes"], row["kind"], row["count"], _gib(row["bytes"])) for row in found["sent"]]
+        rows = [(row["axes"], row["kind"], row["count"], gib(row["bytes"])) for row in found["sent"]]
         print_table("What it receives as compiled", ("axes", "collective", "count", "GiB"), rows)
     for line in _compiler_lines(found):
         print(line)
     print(f"{found['parameters']:,} parameters, of which a token goes through {found['active_parameters']:,}")
-    print(f"{devices}, mesh {mesh}, {found['tokens_per_step']:,} tokens a step")
+    print(f"{devices}, mesh {mesh_text(found['mesh'])}, {found['tokens_per_step']:,} tokens a step")
     for kind, choice in found["attention_kernels"].items():
         print(f"attention of {kind} blocks: {choice['name']} ({choice['why']})")
     for line in _memory_lines(found) + _speed_lines(found):
@@ -177,10 +176,9 @@ def _print(found: dict[str, Any]) -> None:
 def _print_ranking(search: dict[str, Any]) -> None:
     rows = []
     for row in search["ranking"]:
-        mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1) or "1 device"
-        remat = "+".join([row["train"]["remat"]["policy"], *row["train"]["remat"].get("save", ())])
-        seconds = f"{row['step_seconds_predicted']:.4g}"
-        rows.append((seconds, mesh, remat, row["train"]["accumulation"], _gib(row["estimate_bytes"])))
+        seconds, train = f"{row['step_seconds_predicted']:.4g}", row["train"]
+        mesh, memory = mesh_text(row["mesh"]), gib(row["estimate_bytes"])
+        rows.append((seconds, mesh, remat_text(train["remat"]), train["accumulation"], memory))
     title = f"The best of {search['fitting']:,} that fit, of {search['tried']:,}"
     print_table(title, ("predicted seconds", "mesh", "remat", "micro-batches", "GiB"), rows)
 
@@ -199,18 +197,18 @@ def _compiler_lines(found: dict[str, Any]) -> list[str]:
 
 def _memory_lines(found: dict[str, Any]) -> list[str]:
     estimate, compiled, memory = found["estimate_bytes"], found.get("compiled_bytes"), found["device_bytes"]
-    lines = [f"estimate: {_gib(estimate)} GiB a device, with the compilers of {found['estimate_of']}"]
+    lines = [f"estimate: {gib(estimate)} GiB a device, with the compilers of {found['estimate_of']}"]
     if compiled is not None:
         error = f"the estimate is {100 * (estimate / compiled - 1):+.1f}% off"
         when = "before, in" if found["compiled_before"] else "in"
-        lines.append(f"compiled: {_gib(compiled)} GiB a device, {when} {found['compile_seconds']:.0f} s; {error}")
+        lines.append(f"compiled: {gib(compiled)} GiB a device, {when} {found['compile_seconds']:.0f} s; {error}")
     if memory is not None and found["fits"] is None:
         lines.append(f"whether it fits is for --compile to say: not in the estimate is {found['unaccounted']}")
     elif memory is not None:
         by = "as compiled" if compiled is not None else f"with a margin of {100 * found['margin']:.0f}%"
         needed = estimate if compiled is None else compiled
         verdict = "fits" if found["fits"] else "does not fit"
-        lines.append(f"{verdict} {by}: {_gib(memory)} GiB a device, of which {_gib(memory - needed)} are left")
+        lines.append(f"{verdict} {by}: {gib(memory)} GiB a device, of which {gib(memory - needed)} are left")
     return lines
 
 
@@ -230,7 +228,3 @@ def _speed_lines(found: dict[str, Any]) -> list[str]:
         cost = f"{found['step_cost_bound']:.4g} a step, {found['run_cost_bound']:,.2f} the run"
         lines.append(f"cost at that peak: {cost}")
     return lines
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.4g}" if num_bytes < GIB / 10 else f"{num_bytes / GIB:,.2f}"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lmjax.hardware import peak_flops
-from lmjax.mesh import AXES, FSDP_AXES, MeshConfig
+from lmjax.mesh import AXES, FSDP_AXES, MeshConfig, crossing
 from lmjax.models.config import BlockKind
 from lmjax.models.counts import attention_flops, block_products, training_flops
 from lmjax.plan.memory import MOMENTS, parameter_numbers
@@ -223,7 +223,7 @@ def _exchanged(share: Share, passes: int) -> int:
 
 def _parts(setup: Setup, mesh: MeshConfig, topology: Topology, axis: str) -> int:
     """Into how many slices or hosts the axis is cut."""
-    asked = {"data": mesh.dcn_data, "fsdp": mesh.dcn_fsdp}.get(axis, 1)
+    asked = crossing(mesh).get(axis, 1)
     if topology.slices == 1 or asked > 1 or setup.hardware.platform == "tpu":
         return asked
     if mesh.dcn_data * mesh.dcn_fsdp > 1:

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 
 from lmjax.paths import as_path
 from lmjax.plan.cost import LINKS
-from lmjax.plan.picture_mesh import axis_rows, draw_mesh, explanation, gib, ink, layout, part_name
-from lmjax.plan.topology import GIB, parse_topology
+from lmjax.plan.picture_mesh import axis_rows, draw_mesh, explanation, ink, layout, part_name
+from lmjax.plan.topology import parse_topology
+from lmjax.plan.words import GIB, gib, mesh_text, remat_text
 from lmjax.train.curves import BLUE, GREY, RED
 from lmjax.train.page import images, page, table, to_png, write_page
 
@@ -90,7 +91,7 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("topology", found["topology"]),
         ("devices", f"{found['devices']:,}"),
-        ("mesh", _mesh_text(found["mesh"])),
+        ("mesh", mesh_text(found["mesh"])),
         ("parameters", f"{found['parameters']:,}"),
         ("parameters that a token goes through", f"{found['active_parameters']:,}"),
         ("tokens a step", f"{found['tokens_per_step']:,}"),
@@ -249,13 +250,14 @@ def _axes(found: Mapping[str, Any]) -> list[str]:
 
 def _candidate(row: Mapping[str, Any]) -> tuple[str, ...]:
     train = row["train"]
-    remat = "+".join([train["remat"]["policy"], *train["remat"].get("save", ())])
     seconds = (f"{row['step_seconds_predicted']:.4g}", f"{row['step_seconds_bound']:.4g}")
-    return (*seconds, _mesh_text(row["mesh"]), remat, f"{train['accumulation']}", gib(row["estimate_bytes"]))
-
-
-def _mesh_text(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "1 device"
+    return (
+        *seconds,
+        mesh_text(row["mesh"]),
+        remat_text(train["remat"]),
+        f"{train['accumulation']}",
+        gib(row["estimate_bytes"]),
+    )
 
 
 def _kernels(found: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, str]]]:

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lmjax.mesh import AXES, BATCH_AXES
-from lmjax.plan.topology import GIB, parse_topology
+from lmjax.plan.topology import parse_topology
+from lmjax.plan.words import gib
 from lmjax.train.page import to_png
 
 SPLITS = {
@@ -217,8 +218,3 @@ def ink(colour: str) -> str:
     """A colour that is read on ``colour``."""
     red, green, blue = colors.to_rgb(colour)
     return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.58 else "#222"
-
-
-def gib(num_bytes: float) -> str:
-    """GiB with two decimals, or four digits where there is little."""
-    return f"{num_bytes / GIB:.4g}" if abs(num_bytes) < GIB / 10 else f"{num_bytes / GIB:,.2f}"

@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh
 
 from lmjax.errors import InputError
 from lmjax.hardware import peak_flops
-from lmjax.mesh import AXES, MeshConfig, axis_sizes
+from lmjax.mesh import AXES, MeshConfig, axis_sizes, crossing
 from lmjax.models.counts import parameter_count
 from lmjax.ops.experts import choose_exchange
 from lmjax.plan.compile import CompiledStep, kept_or_compiled, topology_mesh
@@ -85,7 +85,7 @@ def make_setup(job: Job, topology: Topology) -> Setup:
             f"mesh: dcn_data {job.mesh.dcn_data} x dcn_fsdp {job.mesh.dcn_fsdp} = {parts}, but {topology.name} has "
             f"{topology.slices} slice(s). Set mesh.dcn_data={topology.slices}, or other factors of {topology.slices}."
         )
-    across: dict[str, int] = {"data": job.mesh.dcn_data, "fsdp": job.mesh.dcn_fsdp}
+    across = crossing(job.mesh)
     check_layout(topology, tuple((axis, size // across.get(axis, 1)) for axis, size in sizes.items()))
     mesh: Any = AbstractMesh(tuple(sizes.values()), AXES)
     check_shapes(job, mesh)
@@ -145,7 +145,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "topology": plan.topology.name,
         "devices": plan.topology.num_devices,
         "mesh": dict(setup.sizes),
-        "dcn": {"data": plan.mesh.dcn_data, "fsdp": plan.mesh.dcn_fsdp},
+        "dcn": crossing(plan.mesh),
         "parameters": parameter_count(setup.model),
         "active_parameters": parameter_count(setup.model, active=True),
         "tokens_per_step": tokens,

@@ -5,7 +5,6 @@ anything else it is refused. JAX unpickles what is in it: load files of your own
 """
 
 import hashlib
-import importlib.metadata
 import json
 import zipfile
 from collections.abc import Mapping
@@ -19,26 +18,17 @@ from jax.sharding import Mesh
 from lmjax.errors import InputError
 from lmjax.hardware import hardware
 from lmjax.paths import as_path, reaching
+from lmjax.train.provenance import installed
 from lmjax.xla_flags import Value, flags_for
 
 FORMAT = 1
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
+"""The packages that make machine code out of a program."""
 
 
 def program_hash(lowered: jax.stages.Lowered) -> str:
     """SHA-256 of the program before it is compiled."""
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
-
-
-def compiler_versions() -> dict[str, str]:
-    """Of the packages that make machine code out of a program, as far as they are installed."""
-    found = {}
-    for package in COMPILERS:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def about(lowered: jax.stages.Lowered, mesh: Mesh, asked: Mapping[str, Value | None]) -> dict[str, Any]:
@@ -50,7 +40,7 @@ def about(lowered: jax.stages.Lowered, mesh: Mesh, asked: Mapping[str, Value | N
     return {
         "format": FORMAT,
         "program": program_hash(lowered),
-        "versions": compiler_versions(),
+        "versions": installed(COMPILERS),
         "device": device.device_kind,
         "devices": [each.id for each in mesh.devices.flat],
         "flags": flags_for(hardware(device), asked),

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,13 @@ class Commit(NamedTuple):
 
 def versions() -> dict[str, str | None]:
     """The version of lmjax, of Python and of what decides numbers; None for what is not installed."""
-    found: dict[str, str | None] = {"lmjax": lmjax.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    return {"lmjax": lmjax.__version__, "python": platform.python_version(), **installed(PACKAGES)}
+
+
+def installed(packages: Sequence[str]) -> dict[str, str | None]:
+    """The version of each; None for what is not installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -153,7 +153,7 @@ def test_the_program_the_devices_and_the_compiler_tell_one_compile_from_another(
 ):
     step, mesh = lowered
     kept_or_compiled(step, mesh, {})
-    monkeypatch.setattr(executable, "compiler_versions", lambda: {"jax": "another"})
+    monkeypatch.setattr(executable, "installed", lambda packages: dict.fromkeys(packages, "another"))
     assert not kept_or_compiled(step, mesh, {}).is_kept
     monkeypatch.undo()
     monkeypatch.setenv("LMJAX_CACHE", str(tmp_path))
