@@ -149,6 +149,7 @@ class Case:
     accumulation: int = 1
     kernel: str = "auto"
     compute: str = "bfloat16"
+    moments_on_host: bool = False
 
     @property
     def job(self) -> Job:
@@ -165,6 +166,7 @@ class Case:
                 global_batch_size=self.rows,
                 accumulation=self.accumulation,
                 remat=POLICIES[self.policy],
+                moments_on_host=self.moments_on_host,
                 attention_kernel=self.kernel,  # pyright: ignore[reportArgumentType]
             ),
             checkpoint=CheckpointConfig(),
@@ -188,7 +190,7 @@ def drawn(platform: str, seed: int | str) -> Iterator[Case]:
         case = Case(
             model=model,
             topology=draw.choice(TOPOLOGIES[platform]),
-            **sizes,
+            **sizes,  # pyright: ignore[reportArgumentType]
             rows=shards * accumulation * draw.choice((1, 2, 4)),
             length=draw.choice(LENGTHS[platform]),
             policy=draw.choice(list(POLICIES)),
@@ -230,11 +232,13 @@ def judged(case: Case, compiled_bytes: int) -> dict[str, Any]:
 
 def recorded(file: Path) -> list[dict[str, Any]]:
     """The rows of a file with the estimates of today."""
-    names = [field.name for field in dataclasses.fields(Case)]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [
-        {**found, **judged(Case(**{name: found[name] for name in names}), found["compiled_bytes"])} for found in rows
-    ]
+    return [{**found, **judged(case_in(found), found["compiled_bytes"])} for found in rows]
+
+
+def case_in(found: dict[str, Any]) -> Case:
+    """The case of a row; what it says nothing of is as it is by default."""
+    return Case(**{field.name: found[field.name] for field in dataclasses.fields(Case) if field.name in found})
 
 
 def versions(topology: str) -> dict[str, str]:

@@ -98,7 +98,7 @@ def rates_here() -> Rates:
     product, total = jax.jit(lambda a: a @ a), jax.jit(lambda a: a + a)
     flops = 2 * n**3 / median_seconds(lambda: product(square))
     memory = 2 * row.nbytes / median_seconds(lambda: total(row))
-    return Rates(flops / DEVICES, memory / DEVICES, memory / DEVICES, memory / DEVICES)
+    return Rates(flops / DEVICES, *[memory / DEVICES] * 4)
 
 
 def measured(job: Job) -> float:

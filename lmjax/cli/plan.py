@@ -8,7 +8,7 @@ import typer
 from lmjax.cli.arguments import AsJson, ConfigFile, Overrides
 from lmjax.cli.table import print_json, print_table
 from lmjax.errors import InputError
-from lmjax.plan.words import gib, mesh_text, remat_text
+from lmjax.plan.words import gib, mesh_text, moments_text, remat_text
 
 Topology = Annotated[
     str,
@@ -178,9 +178,9 @@ def _print_ranking(search: dict[str, Any]) -> None:
     for row in search["ranking"]:
         seconds, train = f"{row['step_seconds_predicted']:.4g}", row["train"]
         mesh, memory = mesh_text(row["mesh"]), gib(row["estimate_bytes"])
-        rows.append((seconds, mesh, remat_text(train["remat"]), train["accumulation"], memory))
+        rows.append((seconds, mesh, remat_text(train["remat"]), train["accumulation"], moments_text(train), memory))
     title = f"The best of {search['fitting']:,} that fit, of {search['tried']:,}"
-    print_table(title, ("predicted seconds", "mesh", "remat", "micro-batches", "GiB"), rows)
+    print_table(title, ("predicted seconds", "mesh", "remat", "micro-batches", "moments on", "GiB"), rows)
 
 
 def _compiler_lines(found: dict[str, Any]) -> list[str]:
@@ -202,6 +202,8 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
         error = f"the estimate is {100 * (estimate / compiled - 1):+.1f}% off"
         when = "before, in" if found["compiled_before"] else "in"
         lines.append(f"compiled: {gib(compiled)} GiB a device, {when} {found['compile_seconds']:.0f} s; {error}")
+    if found["host_bytes"]:
+        lines.append(f"on the hosts: {gib(found['host_bytes'])} GiB of moments for each device")
     if memory is not None and found["fits"] is None:
         lines.append(f"whether it fits is for --compile to say: not in the estimate is {found['unaccounted']}")
     elif memory is not None:
@@ -216,7 +218,9 @@ def _speed_lines(found: dict[str, Any]) -> list[str]:
     if found["step_seconds_bound"] is None:
         return ["speed: not known for CPUs"]
     bounds = dict(found["bounds"])
-    waited_for = bounds.pop("waited_for")
+    waited_for, host = bounds.pop("waited_for"), bounds.pop("host")
+    if host:
+        bounds["host's memory"] = host
     parts = ", ".join(f"{name} {seconds:.4g} s" for name, seconds in bounds.items())
     rate, mfu = f"{found['tokens_per_second_bound']:,.0f} tokens/s", f"{100 * found['mfu_bound']:.0f}% MFU"
     lines = [

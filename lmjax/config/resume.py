@@ -9,6 +9,7 @@ MAY_CHANGE = (
     "mesh",
     "train.steps",
     "train.remat",
+    "train.moments_on_host",
     "train.attention_kernel",
     "train.expert_exchange",
     "train.xla_flags",

@@ -28,7 +28,7 @@ from lmjax.train.state import Blueprint
 from lmjax.train.step import DeviceBatch, lower_step
 from lmjax.xla_flags import Value, compile_with_flags
 
-FORMAT = 1
+FORMAT = 2
 """Of what is kept of a compile: another one where fields or their meaning change."""
 
 
@@ -44,6 +44,8 @@ class CompiledStep:
     """What the step needs besides, at its peak."""
     alias_bytes: int
     """Of the outputs, what lies where the donated arguments were."""
+    host_bytes: int
+    """Of state in the memory of the device's host; it is in none of the others."""
     flops: float | None
     """Floating-point operations that the compiler knows of; those of kernels are not among them."""
     seconds: float
@@ -123,6 +125,7 @@ def compile_lowered(
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=temporary_bytes(built.compiled),
         alias_bytes=memory.alias_size_in_bytes,
+        host_bytes=memory.host_argument_size_in_bytes,
         flops=(built.compiled.cost_analysis() or {}).get("flops"),
         seconds=seconds,
         flags=built.flags,

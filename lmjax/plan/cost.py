@@ -12,7 +12,7 @@ from lmjax.hardware import peak_flops
 from lmjax.mesh import AXES, FSDP_AXES, MeshConfig, crossing
 from lmjax.models.config import BlockKind
 from lmjax.models.counts import attention_flops, block_products, training_flops
-from lmjax.plan.memory import MOMENTS, parameter_numbers
+from lmjax.plan.memory import MOMENTS, moments_bytes, parameter_numbers
 from lmjax.plan.saved import kept
 from lmjax.plan.share import FLOAT32, Setup, Share
 from lmjax.plan.topology import Topology
@@ -20,14 +20,18 @@ from lmjax.plan.topology import Topology
 LINKS = {"tpu": ("ICI", "DCN"), "gpu": ("NVLink", "network"), "cpu": ("memory", "memory")}
 """What connects the devices of a slice or host, and these with each other."""
 
+HOST_AXIS, HOST_LINK = "host", "PCIe"
+"""What a device receives from the memory of its host is along no axis of the mesh."""
+
 
 class Traffic(NamedTuple):
-    """What a device receives from others along an axis of the mesh in a step."""
+    """What a device receives in a step, from others along an axis of the mesh, or from its host."""
 
     axis: str
+    """One of AXES, or HOST_AXIS."""
     what: str
     link: str
-    """One of LINKS."""
+    """One of LINKS, or HOST_LINK."""
     bytes: int
 
 
@@ -52,19 +56,21 @@ class Bound(NamedTuple):
     """Inside of a slice or host."""
     network: float
     """Between them."""
+    host: float
+    """Of what is fetched from the host's memory. As long again it takes to bring it back, which may be meanwhile."""
     waited_for: float
     """What of links and network goes along ``tensor`` and ``expert``: the next product needs it."""
 
     @property
     def seconds(self) -> float:
         """Of a step with everything at once."""
-        return max(self.compute, self.memory, self.links, self.network)
+        return max(self.compute, self.memory, self.links, self.network, self.host)
 
     @property
     def predicted(self) -> float:
         """The same where a device computes, moves or waits for what it needs next, one after the other, and only what
         goes along the other axes hides behind that. By it ways to carry out a step are compared."""
-        return max(self.compute + self.memory + self.waited_for, self.links, self.network)
+        return max(self.compute + self.memory + self.waited_for + 2 * self.host, self.links, self.network)
 
 
 def cost(setup: Setup, mesh: MeshConfig, topology: Topology) -> Cost:
@@ -89,6 +95,7 @@ class Rates(NamedTuple):
     """Bytes, as for the others."""
     links: float
     network: float
+    host: float
 
 
 def rates(topology: Topology) -> Rates | None:
@@ -98,7 +105,13 @@ def rates(topology: Topology) -> Rates | None:
         return None
     peak = peak_flops(machine.device_kind)
     assert peak is not None
-    return Rates(peak, machine.memory_bandwidth, machine.link_bandwidth, machine.network_bandwidth)
+    return Rates(
+        flops=peak,
+        memory=machine.memory_bandwidth,
+        links=machine.link_bandwidth,
+        network=machine.network_bandwidth,
+        host=machine.host_bandwidth,
+    )
 
 
 def bound(cost: Cost, topology: Topology) -> Bound | None:
@@ -109,16 +122,21 @@ def bound(cost: Cost, topology: Topology) -> Bound | None:
 
 def bound_at(cost: Cost, rates: Rates) -> Bound:
     near = {links[0] for links in LINKS.values()}
+    links = [found for found in cost.traffic if found.link in near]
+    host = [found for found in cost.traffic if found.link == HOST_LINK]
+    network = [found for found in cost.traffic if found.link not in (*near, HOST_LINK)]
 
-    def seconds(found: Traffic) -> float:
-        return found.bytes / (rates.links if found.link in near else rates.network)
+    def seconds(traffic: list[Traffic], rate: float, axes: tuple[str, ...] = (*AXES, HOST_AXIS)) -> float:
+        return sum(found.bytes for found in traffic if found.axis in axes) / rate
 
+    inner = ("tensor", "expert")
     return Bound(
         compute=cost.flops / rates.flops,
         memory=cost.memory_bytes / rates.memory,
-        links=sum(seconds(found) for found in cost.traffic if found.link in near),
-        network=sum(seconds(found) for found in cost.traffic if found.link not in near),
-        waited_for=sum(seconds(found) for found in cost.traffic if found.axis in ("tensor", "expert")),
+        links=seconds(links, rates.links),
+        network=seconds(network, rates.network),
+        host=seconds(host, rates.host),
+        waited_for=seconds(links, rates.links, inner) + seconds(network, rates.network, inner),
     )
 
 
@@ -146,12 +164,13 @@ def _computed_again(setup: Setup, kind: BlockKind) -> int:
 
 
 def _memory_bytes(share: Share) -> int:
-    """Parameters, moments and gradients are read and written once, matrices in the compute dtype are written when they
+    """Parameters, moments and gradients are read and written once, moments that come from the host and go there twice;
+    matrices in the compute dtype are written when they
     are gathered and read by each product, and what a block works on is written once and read twice."""
     setup = share.setup
     numbers = parameter_numbers(setup)
     total = numbers.layers + numbers.outside
-    update = (2 + 2 * MOMENTS + 2) * total * FLOAT32
+    update = (2 + 2 * MOMENTS * (2 if setup.moments_on_host else 1) + 2) * total * FLOAT32
     gathered = numbers.matrices * setup.sizes["fsdp"] * setup.compute_bytes
     passes = 2 if setup.remat.policy == "none" else 3
     matrices = 2 * passes * gathered * setup.accumulation
@@ -204,6 +223,8 @@ def _traffic(share: Share, mesh: MeshConfig, topology: Topology) -> Iterator[Tra
     elif share.tensor > 1:
         yield from over("tensor", "residual stream summed", 2 * (4 + passes - 1) * number)
     yield from over("expert", "tokens to experts and back", A * _exchanged(share, passes))
+    if setup.moments_on_host:
+        yield Traffic(HOST_AXIS, "moments, which go back when they are updated", HOST_LINK, moments_bytes(setup))
 
 
 def _exchanged(share: Share, passes: int) -> int:

@@ -53,7 +53,7 @@ def stages(setup: Setup) -> tuple[Stage, ...]:
         name = "backward pass of the blocks" + (f" of segment {number}" if len(setup.model.segments) > 1 else "")
         found += [Stage(name + at, (*block, *arrays)) for at, arrays in _blocks(share, segment.pattern).items()]
     found.append(Stage("gradient of the embedding", (*lasting, *gradients, *_accumulated(share), *_lookup(share))))
-    found.append(Stage("update", (*lasting, *gradients)))
+    found.append(Stage("update", (*lasting, *_updated(share, gradients))))
     return tuple(Stage(name, tuple(array for array in arrays if array.bytes)) for name, arrays in found)
 
 
@@ -84,9 +84,26 @@ def _state(share: Share) -> Iterator[Array]:
     parameters = parameter_numbers(setup)
     num = parameters.layers + parameters.outside
     yield Array("parameters", "parameters", num * FLOAT32)
-    yield Array("moments", "moments of AdamW", MOMENTS * num * FLOAT32)
+    if not setup.moments_on_host:
+        yield Array("moments", "moments of AdamW", moments_bytes(setup))
     # Tokens, targets, segments, positions and weights.
     yield Array("batch", "batch", 5 * 4 * share.tokens * setup.accumulation)
+
+
+def moments_bytes(setup: Setup) -> int:
+    """Of the moments of one device, wherever they are."""
+    numbers = parameter_numbers(setup)
+    return MOMENTS * (numbers.layers + numbers.outside) * FLOAT32
+
+
+def _updated(share: Share, gradients: tuple[Array, ...]) -> Iterator[Array]:
+    """What an update adds to the state. Where there is room, TPUs fetch some of the moments long before."""
+    setup = share.setup
+    if setup.moments_on_host:
+        yield Array("moments", "moments of AdamW, fetched from the host", moments_bytes(setup))
+    if not setup.moments_on_host or setup.hardware.platform != "gpu":
+        yield from gradients
+    # On GPUs moments come as they are needed, and all wait for the end to go back, by when the gradients are gone.
 
 
 def parameter_numbers(setup: Setup) -> ParameterNumbers:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from lmjax.paths import as_path
-from lmjax.plan.cost import LINKS
+from lmjax.plan.cost import HOST_LINK, LINKS
 from lmjax.plan.picture_mesh import axis_rows, draw_mesh, explanation, ink, layout, part_name
 from lmjax.plan.topology import parse_topology
-from lmjax.plan.words import GIB, gib, mesh_text, remat_text
+from lmjax.plan.words import GIB, gib, mesh_text, moments_text, remat_text
 from lmjax.train.curves import BLUE, GREY, RED
 from lmjax.train.page import images, page, table, to_png, write_page
 
@@ -80,7 +80,7 @@ def render(found: Mapping[str, Any]) -> str:
     if "search" in found:
         search = found["search"]
         title = f"The best of {search['fitting']:,} that fit, of {search['tried']:,}"
-        head = ("predicted seconds", "bound", "mesh", "remat", "micro-batches", "GiB")
+        head = ("predicted seconds", "bound", "mesh", "remat", "micro-batches", "moments on", "GiB")
         parts.append(f"<h2>{title}</h2>\n{table(head, [_candidate(row) for row in search['ranking']])}")
     return page(f"Plan for {found['topology']}", parts)
 
@@ -199,10 +199,11 @@ def bound_bars(found: Mapping[str, Any]) -> list[tuple[str, float]]:
     names = {
         "links": f"links ({near})",
         "network": far if far == "network" else f"network ({far})",
-        "waited_for": "waited for, of both",
+        "host": f"host's memory ({HOST_LINK})",
+        "waited_for": "waited for, of links and network",
     }
     names |= {"compute": "computing", "memory": "memory traffic"}
-    return [(names[part], seconds) for part, seconds in found["bounds"].items()]
+    return [(names[part], seconds) for part, seconds in found["bounds"].items() if part != "host" or seconds]
 
 
 def draw_bounds(found: Mapping[str, Any]) -> bytes:
@@ -256,6 +257,7 @@ def _candidate(row: Mapping[str, Any]) -> tuple[str, ...]:
         mesh_text(row["mesh"]),
         remat_text(train["remat"]),
         f"{train['accumulation']}",
+        moments_text(train),
         gib(row["estimate_bytes"]),
     )
 

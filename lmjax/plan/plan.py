@@ -14,10 +14,10 @@ from lmjax.plan.compile import CompiledStep, kept_or_compiled, topology_mesh
 from lmjax.plan.cost import Bound, Cost, bound, cost
 from lmjax.plan.hlo import sent_by_axis
 from lmjax.plan.layout import check_layout
-from lmjax.plan.memory import Stage, peak, stages
+from lmjax.plan.memory import Stage, moments_bytes, peak, stages
 from lmjax.plan.share import Setup
 from lmjax.plan.topology import Topology, parse_topology, topology_devices
-from lmjax.train.job import Job, check_routing, check_shapes, choose_kernels, lower_program, make_program
+from lmjax.train.job import Job, check_moments, check_routing, check_shapes, choose_kernels, lower_program, make_program
 
 COMPILERS = (0, 12)
 """The JAX whose compilers the account of memory is of. With those of 0.10 a step was seen to take 40% more on CPUs."""
@@ -90,6 +90,7 @@ def make_setup(job: Job, topology: Topology) -> Setup:
     mesh: Any = AbstractMesh(tuple(sizes.values()), AXES)
     check_shapes(job, mesh)
     check_routing(job, mesh)
+    check_moments(job, topology.hardware)
     return Setup(
         model=job.model,
         hardware=topology.hardware,
@@ -99,6 +100,7 @@ def make_setup(job: Job, topology: Topology) -> Setup:
         accumulation=job.train.accumulation,
         compute_bytes=job.precision.compute_dtype.itemsize,
         remat=job.train.remat,
+        moments_on_host=job.train.moments_on_host,
         kernels=choose_kernels(job, topology.hardware),
         exchange=choose_exchange(
             job.train.expert_exchange,
@@ -117,6 +119,11 @@ def make_plan(job: Job, topology_name: str, *, compiles: bool = False, executabl
     Raises InputError for an unknown topology, a mesh that does not go with it, and a compiler that is not installed.
     """
     topology = parse_topology(topology_name)
+    if executable is not None and job.train.moments_on_host and topology.hardware.platform == "gpu":
+        raise InputError(
+            "--executable: of GPUs that are not here JAX cannot tell that they have a host's memory, so that the step "
+            "compiled here is not the one that they run. Leave --executable or train.moments_on_host out."
+        )
     if compiles:
         topology_devices(topology_name)  # devices of a CPU have to be asked for before JAX looks for any
     setup = make_setup(job, topology)
@@ -152,6 +159,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "attention_kernels": {kind: choice._asdict() for kind, choice in setup.kernels.items()},
         "estimate_bytes": largest.bytes,
         "device_bytes": plan.memory,
+        "host_bytes": moments_bytes(setup) if setup.moments_on_host else 0,
         "fits": plan.fits,
         "unaccounted": unaccounted(setup),
         "margin": MARGIN,

@@ -1,4 +1,4 @@
-"""Which mesh, remat policy and micro-batches to take: all there are, by the time that their steps are predicted."""
+"""Which mesh, remat policy, micro-batches and place of the moments to take: all there are, by their predicted time."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,8 @@ class Candidate:
             remat["save"] = list(train.remat.save)
         sizes = dataclasses.asdict(mesh)  # pyright: ignore[reportArgumentType]
         sizes = {name: size for name, size in sizes.items() if size > 1 or not name.startswith("dcn")}
-        return {"mesh": sizes, "train": {"accumulation": train.accumulation, "remat": remat}}
+        changed = {"accumulation": train.accumulation, "remat": remat, "moments_on_host": train.moments_on_host}
+        return {"mesh": sizes, "train": changed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +63,23 @@ class Found:
 def search(job: Job, topology: Topology) -> Found:
     """All meshes of the topology's devices, policies and numbers of micro-batches that ``job`` can be carried out with.
 
+    Where a step does not fit with the moments on the devices, it is tried with them on the hosts.
+
     The global batch stays as it is. Raises InputError where none can be, and for CPUs, whose speed is not known.
     """
     machine = topology.machine
     if machine is None:
         raise InputError(f"--search has no effect: how fast {topology.name} is, is not known. Name TPUs or GPUs.")
     fitting, tried, least, refusal = [], 0, None, None
+    placements = tuple(itertools.product(POLICIES, (False, True)))
     for mesh, accumulation in itertools.product(meshes(job, topology), divisors(job.train.global_batch_size)):
-        for remat in POLICIES:
-            train = dataclasses.replace(job.train, accumulation=accumulation, remat=remat)
+        fits_here = False
+        for remat, moments_on_host in placements:
+            if moments_on_host and fits_here:
+                continue  # it would do the same, and fetch them besides
+            train = dataclasses.replace(
+                job.train, accumulation=accumulation, remat=remat, moments_on_host=moments_on_host
+            )
             changed = dataclasses.replace(job, mesh=mesh, train=train)
             try:
                 setup = make_setup(changed, topology)
@@ -87,7 +96,8 @@ def search(job: Job, topology: Topology) -> Found:
             seconds = bound(cost(setup, mesh, topology), topology)
             assert seconds is not None
             candidate = Candidate(changed, estimate, seconds)
-            if estimate * (1 + MARGIN) <= machine.memory:
+            fits_here = estimate * (1 + MARGIN) <= machine.memory
+            if fits_here:
                 fitting.append(candidate)
             elif least is None or estimate < least.estimate_bytes:
                 least = candidate

@@ -39,6 +39,7 @@ class Setup:
     compute_bytes: int
     """Of a number in the compute dtype."""
     remat: RematConfig
+    moments_on_host: bool
     kernels: Mapping[str, Choice]
     """The attention kernel of each kind of block, and why it is this one."""
     exchange: ExpertExchange

@@ -40,6 +40,8 @@ class Machine:
     """What a device sends, over all its links, to others of its slice (ICI) or host (NVLink)."""
     network_bandwidth: float
     """What it sends to other slices or hosts."""
+    host_bandwidth: float
+    """What it fetches from its host's memory, or sends there."""
     shapes: tuple[tuple[int, ...], ...]
     """Sizes of a slice's mesh of chips, or of a host: each sorted, the smaller ones first."""
     chip_devices: int = 1
@@ -62,13 +64,16 @@ def _cube_shapes(most_chips: int) -> tuple[tuple[int, ...], ...]:
     return ((1, 2, 2), (2, 2, 2), (2, 2, 4), (2, 4, 4), *sorted(whole, key=math.prod))
 
 
-def _gpu(device_kind: str, memory_gib: float, bandwidth_gb: float, link_gb: float, network_gb: float) -> Machine:
+def _gpu(
+    device_kind: str, memory_gib: float, bandwidth_gb: float, link_gb: float, network_gb: float, host_gb: float
+) -> Machine:
     return Machine(
         device_kind=device_kind,
         memory=int(memory_gib * GIB),
         memory_bandwidth=bandwidth_gb * GB,
         link_bandwidth=link_gb * GB,
         network_bandwidth=network_gb * GB,
+        host_bandwidth=host_gb * GB,
         shapes=tuple((gpus,) for gpus in (1, 2, 4, 8)),
     )
 
@@ -76,13 +81,16 @@ def _gpu(device_kind: str, memory_gib: float, bandwidth_gb: float, link_gb: floa
 MACHINES = {
     # Memory: what libtpu says that it has for a program, the least of its versions in use. The rest: Google Cloud's
     # pages on the generations (HBM and bidirectional ICI bandwidth a chip, of which one direction is half; DCN
-    # bandwidth a chip), and for v4 arXiv 2304.01433, table 4 (six links of 50 GB/s).
+    # bandwidth a chip), and for v4 arXiv 2304.01433, table 4 (six links of 50 GB/s). The host's link (PCIe, each way, a
+    # chip): "How to Scale Your Model" (jax-ml.github.io/scaling-book), chapter 2; for TPU7x it is not published, and
+    # v6e's stands here.
     "v4": Machine(
         device_kind="TPU v4",
         memory=int(30.75 * GIB),
         memory_bandwidth=1200 * GB,
         link_bandwidth=300 * GB,
         network_bandwidth=6.25 * GB,
+        host_bandwidth=16 * GB,
         shapes=_cube_shapes(4096),
     ),
     "v5e": Machine(
@@ -91,6 +99,7 @@ MACHINES = {
         memory_bandwidth=819 * GB,
         link_bandwidth=200 * GB,
         network_bandwidth=3.125 * GB,
+        host_bandwidth=15 * GB,
         shapes=_square_shapes(),
     ),
     "v5p": Machine(
@@ -99,6 +108,7 @@ MACHINES = {
         memory_bandwidth=2765 * GB,
         link_bandwidth=600 * GB,
         network_bandwidth=6.25 * GB,
+        host_bandwidth=15 * GB,
         shapes=_cube_shapes(6144),
     ),
     "v6e": Machine(
@@ -107,6 +117,7 @@ MACHINES = {
         memory_bandwidth=1638 * GB,
         link_bandwidth=400 * GB,
         network_bandwidth=12.5 * GB,
+        host_bandwidth=32 * GB,
         shapes=_square_shapes(),
     ),
     "tpu7x": Machine(
@@ -115,15 +126,17 @@ MACHINES = {
         memory_bandwidth=7380 * GB / 2,
         link_bandwidth=600 * GB / 2,
         network_bandwidth=12.5 * GB / 2,
+        host_bandwidth=32 * GB / 2,
         shapes=_cube_shapes(9216),
         chip_devices=2,
     ),
-    # NVIDIA's data sheets: memory bandwidth, NVLink (of which one direction is half); memory as nvidia-smi tells it.
+    # NVIDIA's data sheets: memory bandwidth, NVLink and PCIe (of which one direction is half); memory as nvidia-smi
+    # tells it.
     # The network is that of hosts with a 400 Gb/s adapter for each GPU (A100: 200).
-    "a100": _gpu("NVIDIA A100", 80.0, 2039, 300, 25),
-    "h100": _gpu("NVIDIA H100", 79.6, 3350, 450, 50),
-    "h200": _gpu("NVIDIA H200", 140.4, 4800, 450, 50),
-    "b200": _gpu("NVIDIA B200", 179.0, 8000, 900, 50),
+    "a100": _gpu("NVIDIA A100", 80.0, 2039, 300, 25, 32),
+    "h100": _gpu("NVIDIA H100", 79.6, 3350, 450, 50, 64),
+    "h200": _gpu("NVIDIA H200", 140.4, 4800, 450, 50, 64),
+    "b200": _gpu("NVIDIA B200", 179.0, 8000, 900, 50, 64),
 }
 """By the generation in a topology's name."""
 

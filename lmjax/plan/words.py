@@ -19,3 +19,8 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
 def remat_text(remat: Mapping[str, Any]) -> str:
     """A policy and what it saves."""
     return "+".join([remat["policy"], *remat.get("save", ())])
+
+
+def moments_text(train: Mapping[str, Any]) -> str:
+    """Where the moments are."""
+    return "hosts" if train["moments_on_host"] else "devices"

@@ -31,6 +31,8 @@ class TrainConfig:
     """Tokens of a device whose logits exist at the same time."""
     remat: RematConfig = RematConfig()
     """What the backward pass finds saved."""
+    moments_on_host: bool = False
+    """Whether the optimizer's moments are in the memory of the devices' hosts, from which each update fetches them."""
     scan_layers: bool = True
     """Compile one block and scan over the layers, or compile every block."""
     attention_kernel: AttentionKernel = "auto"

@@ -83,10 +83,13 @@ def make_program(job: Job, mesh: Mesh | None = None) -> Program:
     check_shapes(job, mesh)
     check_routing(job, mesh)
     check_steps(job)
+    check_moments(job, devices)
     return Program(
         mesh=mesh,
         kernels=choose_kernels(job, devices),
-        blueprint=make_blueprint(job.model, job.optimizer, job.train.steps, mesh),
+        blueprint=make_blueprint(
+            job.model, job.optimizer, job.train.steps, mesh, moments_on_host=job.train.moments_on_host
+        ),
         execution=Execution(
             compute_dtype=job.precision.compute_dtype,
             reduce_in_float32=job.precision.reduce_in_float32,
@@ -168,6 +171,15 @@ def check_shapes(job: Job, mesh: Mesh) -> None:
         raise InputError(
             f"data.sequence_length {job.data.sequence_length} is above model.max_length {job.model.max_length}: the "
             "model has no positions for such rows. Raise the one or lower the other."
+        )
+
+
+def check_moments(job: Job, devices: Hardware) -> None:
+    """Raises InputError where the devices' memory is that of their host."""
+    if job.train.moments_on_host and devices.platform == "cpu":
+        raise InputError(
+            "train.moments_on_host has no effect on CPUs, whose memory is the host's. Leave it out; it is for TPUs and "
+            "GPUs."
         )
 
 

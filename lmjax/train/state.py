@@ -14,6 +14,9 @@ from lmjax.models.decoder import Decoder, DecoderConfig
 from lmjax.optim import OptimizerConfig, make_optimizer, make_schedule
 from lmjax.sharding import parameter_spec, replicated
 
+HOST_MEMORY = "pinned_host"
+"""The memory of a device's host that the device itself reads and writes, as JAX calls it."""
+
 
 class TrainState(NamedTuple):
     """Everything that an update reads and writes."""
@@ -49,6 +52,7 @@ class Blueprint(PlacedModel):
     schedule: optax.Schedule
     state: TrainState
     """ShapeDtypeStructs with shardings."""
+    moments_on_host: bool
 
 
 def place_model(config: DecoderConfig, mesh: Mesh) -> PlacedModel:
@@ -102,8 +106,10 @@ def decay_mask(config: DecoderConfig) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "table"), named)
 
 
-def make_blueprint(config: DecoderConfig, optimizer: OptimizerConfig, num_steps: int, mesh: Mesh) -> Blueprint:
-    """Raises InputError where the mesh does not divide the model."""
+def make_blueprint(
+    config: DecoderConfig, optimizer: OptimizerConfig, num_steps: int, mesh: Mesh, *, moments_on_host: bool = False
+) -> Blueprint:
+    """``moments_on_host`` puts them into HOST_MEMORY. Raises InputError where the mesh does not divide the model."""
     graphdef, params = abstract_decoder(config, mesh)
     schedule = make_schedule(optimizer, num_steps)
     transformation = make_optimizer(optimizer, schedule, decay_mask(config))
@@ -111,7 +117,8 @@ def make_blueprint(config: DecoderConfig, optimizer: OptimizerConfig, num_steps:
     def struct(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    kind = HOST_MEMORY if moments_on_host else None
+    shardings = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(kind), params)
     plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     opt_state = optax.tree_utils.tree_map_params(
         transformation,
@@ -122,7 +129,7 @@ def make_blueprint(config: DecoderConfig, optimizer: OptimizerConfig, num_steps:
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     state = TrainState(step, params, opt_state)
-    return Blueprint(config, mesh, graphdef, params, transformation, schedule, state)
+    return Blueprint(config, mesh, graphdef, params, transformation, schedule, state, moments_on_host)
 
 
 def init_state(blueprint: Blueprint, seed: int) -> TrainState:
@@ -137,6 +144,23 @@ def init_state(blueprint: Blueprint, seed: int) -> TrainState:
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.state)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def fetched(blueprint: Blueprint, opt_state: Any) -> Any:
+    """The optimizer's state with all of it in the devices' memory; inside of a jitted function."""
+    return _moved(blueprint, opt_state, jax.memory.Space.Device)
+
+
+def put_away(blueprint: Blueprint, opt_state: Any) -> Any:
+    """The reverse of ``fetched``."""
+    return _moved(blueprint, opt_state, jax.memory.Space.Host)
+
+
+def _moved(blueprint: Blueprint, opt_state: Any, space: Any) -> Any:
+    if not blueprint.moments_on_host:
+        return opt_state
+    # Not by the shardings of the blueprint: GPUs that are not here are said to have no memories, and theirs forget it.
+    return optax.tree_utils.tree_map_params(blueprint.optimizer, lambda leaf: jax.device_put(leaf, space), opt_state)
 
 
 def state_from(blueprint: Blueprint, params: Any) -> TrainState:

@@ -17,7 +17,7 @@ from lmjax.models.decoder import Decoder, Execution
 from lmjax.ops.cross_entropy import LossOptions, LossSums, linear_cross_entropy
 from lmjax.ops.routing import RouterSums
 from lmjax.train.router import router_loss, with_moved_biases, zero_sums
-from lmjax.train.state import Blueprint, TrainState
+from lmjax.train.state import Blueprint, TrainState, fetched, put_away
 
 
 class DeviceBatch(NamedTuple):
@@ -112,7 +112,9 @@ def make_step(
             zeros = (told, jax.tree.map(jnp.zeros_like, state.params))
             ((nll, router), grads), _ = jax.lax.scan(accumulate, zeros, (batch, keys_AB))
         with jax.named_scope("optimizer"):
-            updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, state.params)
+            moments = fetched(blueprint, state.opt_state)
+            updates, moments = blueprint.optimizer.update(grads, moments, state.params)
+            opt_state = put_away(blueprint, moments)
             params = optax.apply_updates(state.params, updates)
             if moe is not None and router is not None and moe.choice_bias_rate is not None:
                 params = with_moved_biases(params, blueprint.config, router, moe.choice_bias_rate)

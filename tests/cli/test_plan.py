@@ -8,6 +8,7 @@ import pytest
 from lmjax.cli.plan import _compiler_lines, plan
 from lmjax.errors import InputError
 from lmjax.plan.plan import MARGIN
+from lmjax.plan.words import gib
 
 pytestmark = pytest.mark.fast
 
@@ -119,6 +120,33 @@ def test_tables_show_the_same(config: str, capsys, monkeypatch):
         assert part in shown
 
 
+def test_moments_on_the_hosts_are_told(config: str, capsys):
+    here = planned(capsys, config, topology="v5e:2x4")
+    there = planned(capsys, config, ["train.moments_on_host=true"], topology="v5e:2x4")
+    assert here["host_bytes"] == 0
+    assert there["host_bytes"] == here["stages"][-1]["by_kind"]["moments"]
+    assert there["bounds"]["host"] > here["bounds"]["host"] == 0
+    plan(config, ["train.moments_on_host=true"], topology="v5e:2x4")
+    shown = capsys.readouterr().out
+    assert f"on the hosts: {gib(there['host_bytes'])} GiB of moments" in shown
+    assert f"host's memory {there['bounds']['host']:.4g} s" in shown
+
+
+def test_what_the_docs_say_fits_with_the_moments_on_the_hosts_does_so_alone(config: str, capsys, tmp_path: Path):
+    model = Path(__file__).parents[2] / "configs" / "models" / "llama3_8b.yaml"
+    eight = tmp_path / "eight.yaml"
+    eight.write_text(
+        f"base: {model}\nrun_dir: runs/eight\ntokenizer: {{kind: bytes}}\n"
+        "data: {path: data/eight, sources: [{kind: stdlib}], sequence_length: 8192}\nmesh: {fsdp: 16}\n"
+        "train: {steps: 1, global_batch_size: 16, remat: {policy: attention}}\n"
+    )
+    fits = [
+        planned(capsys, str(eight), [f"train.moments_on_host={value}"], topology="v5e:4x4")["fits"]
+        for value in ("true", "false")
+    ]
+    assert fits == [True, False]
+
+
 def test_a_search_is_ranked_and_written_as_a_config_to_train_by(config: str, capsys, tmp_path: Path):
     file = str(tmp_path / "found.yaml")
     found = planned(capsys, config, ["train.steps=7"], topology="v5e:2x4", searches=True, write=file)
@@ -154,6 +182,7 @@ def test_a_search_is_ranked_and_written_as_a_config_to_train_by(config: str, cap
         ([], {"topology": "cpu:8", "executable": "step"}, "--executable is for what --compile makes"),
         ([], {"topology": "v5e:2x4", "executable": "step", "compiles": True, "searches": True}, "of one plan"),
         (["mesh.fsdp=32", "mesh.tensor=2"], {"topology": "v5p:4x4x4"}, "cannot be laid out"),
+        (["train.moments_on_host=true"], {"topology": "cpu:8"}, "moments_on_host has no effect on CPUs"),
         (["train.xla_flags.xla_none=null"], {"topology": "cpu:8", "compiles": True}, "xla_none is null"),
         (["train.xla_flags.xla_none=true"], {"topology": "cpu:8", "compiles": True}, "refuses xla_none=True"),
     ],

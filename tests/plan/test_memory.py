@@ -14,7 +14,19 @@ import pytest
 
 import benchmarks.plan_accuracy
 from benchmarks.compile_steps import CASES
-from benchmarks.plan_accuracy import GOAL, MODELS, POLICIES, TOPOLOGIES, Case, drawn, judged, recorded, row, summary
+from benchmarks.plan_accuracy import (
+    GOAL,
+    MODELS,
+    POLICIES,
+    TOPOLOGIES,
+    Case,
+    case_in,
+    drawn,
+    judged,
+    recorded,
+    row,
+    summary,
+)
 from lmjax.mesh import AXES, MeshConfig, make_mesh
 from lmjax.models.decoder import Execution
 from lmjax.nn.moe import MoEConfig
@@ -184,7 +196,7 @@ def test_what_compilers_said_is_near_what_is_estimated_today():
     assert found["mean_error"] < GOAL["mean"]
     assert found["worst_error"] < GOAL["worst"] == MARGIN
     # Another estimate, of what a device would hold with twice the positions, is far from it.
-    case = Case(**{field.name: rows[0][field.name] for field in dataclasses.fields(Case)})
+    case = case_in(rows[0])
     longer = dataclasses.replace(case, length=case.length * 2)
     assert abs(judged(longer, rows[0]["compiled_bytes"])["error"]) > 2 * GOAL["worst"]
 

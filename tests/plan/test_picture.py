@@ -166,7 +166,11 @@ def test_cpus_have_no_speed_and_others_every_part_of_it():
     cpus, slices = found_for("cpu:8"), found_for(*PLANS["slices"])
     assert "Time of a step" not in render(cpus)
     assert dict(facts(cpus))["speed"] == "not known for CPUs"
-    assert [seconds for _, seconds in bound_bars(slices)] == list(slices["bounds"].values())
+    bars, bounds = dict(bound_bars(slices)), slices["bounds"]
+    assert bounds["host"] == 0
+    assert list(bars.values()) == [seconds for part, seconds in bounds.items() if part != "host"]
+    hosts = dict(bound_bars(slices | {"bounds": bounds | {"host": 0.125}}))
+    assert hosts == bars | {"host's memory (PCIe)": 0.125}
 
 
 def test_text_is_no_markup(tmp_path: Path):
@@ -181,7 +185,11 @@ def test_a_search_is_in_it_and_a_directory_that_is_not_there_is_refused(tmp_path
     found = found_for("v5e:2x4")
     row = {
         "mesh": dict.fromkeys(AXES, 1) | {"fsdp": 8},
-        "train": {"accumulation": 4, "remat": {"policy": "save", "save": ["query"]}},
+        "train": {
+            "accumulation": 4,
+            "remat": {"policy": "save", "save": ["query"]},
+            "moments_on_host": True,
+        },
         "estimate_bytes": 2**30,
         "step_seconds_predicted": 0.125,
         "step_seconds_bound": 0.0625,
@@ -189,6 +197,9 @@ def test_a_search_is_in_it_and_a_directory_that_is_not_there_is_refused(tmp_path
     found["search"] = {"tried": 12, "fitting": 1, "ranking": [row]}
     file = tmp_path / "plan.html"
     write_plan(found, str(file))
-    assert "<td>0.125</td><td>0.0625</td><td>fsdp 8</td><td>save+query</td><td>4</td><td>1.00</td>" in file.read_text()
+    assert (
+        "<td>0.125</td><td>0.0625</td><td>fsdp 8</td><td>save+query</td><td>4</td><td>hosts</td><td>1.00</td>"
+        in file.read_text()
+    )
     with pytest.raises(InputError, match="there is no directory .* or name another --report"):
         write_plan(found, str(tmp_path / "none" / "plan.html"))
