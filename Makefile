@@ -93,7 +93,7 @@ in_newest = $(MAKE) env VENV=$(1) EXTRAS=dev,$(2) PYTHON='$(PYTHON_NEWEST)' && $
 proof-plan: ## compile published models, recipes and drawn cases for TPU, beside their estimates (Python 3.12 or newer; 45 minutes)
 	$(call in_newest,$(VENV_NEWEST),tpu) tests/plan/test_published_steps.py -k "llama3_8b_fits or 64_chips_and"
 	$(VENV_NEWEST)/bin/python -m pytest -m proof -n $(WORKERS) -rP tests/plan/test_memory.py tests/plan/test_recipes.py \
-	  -k "tpus or nobody_has_seen"
+	  tests/plan/test_moments_on_host.py -k "tpus or nobody_has_seen"
 
 .PHONY: proof-kernels
 proof-kernels: env ## 200 drawn cases of each of our kernels in Pallas's interpreters, and that for TPU compiled for five generations
@@ -107,7 +107,7 @@ proof-cuda: ## compile attention kernels, steps, recipes and drawn cases for H20
 	  tests/ops/test_attention_flash_hopper_compile.py
 	$(call in_newest,$(VENV_CUDA),cuda13) tests/plan/test_published_steps.py -k 8_h200
 	$(VENV_CUDA)/bin/python -m pytest -m proof -n $(WORKERS) tests/plan/test_memory.py tests/plan/test_traffic.py \
-	  tests/plan/test_recipes.py -k "h200 or gpus"
+	  tests/plan/test_recipes.py tests/plan/test_moments_on_host.py -k "h200 or gpus"
 
 .PHONY: proof-moe
 proof-moe: ## compile the steps of Mixtral-8x7B and DeepSeek-V3 for TPU (Python 3.12 or newer; ten minutes, 9 GiB)
