@@ -25,6 +25,10 @@ class Hardware(NamedTuple):
 
 CPU = Hardware("cpu")
 
+GPU_MEMORY_FRACTION = 0.9
+"""Of a GPU's memory, what programs of lmjax have. JAX's own default is 0.75; NVIDIA's tips for language models with JAX
+(docs.nvidia.com/jax-toolbox, GPU performance) have 0.9 or 0.8: what is left is for NCCL, the driver and libraries."""
+
 
 class Known(NamedTuple):
     """A device."""

@@ -7,12 +7,13 @@ half, or says two things, is refused.
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
 import jax
 
 from lmjax.errors import InputError
+from lmjax.hardware import GPU_MEMORY_FRACTION
 
 SHUTDOWN_SECONDS = 60
 """How long a process that ends waits for the others: one that failed alone must not hold up its launcher for long."""
@@ -20,6 +21,10 @@ SHUTDOWN_SECONDS = 60
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
 MULTISLICE = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
+
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""The newer name and the older one; JAX refuses both at once."""
+HOST_LIMIT, HOST_PREALLOCATE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE"
 
 
 class Processes(NamedTuple):
@@ -44,11 +49,25 @@ class Processes(NamedTuple):
         return f"{which} by {self.source}{where}{gpus}"
 
 
+def allow_memory(environment: MutableMapping[str, str], host_bytes: int) -> None:
+    """Say how much JAX may take of GPUs and, for what is sent to or kept on the host, of its memory; what is set stays.
+
+    JAX's own limits are three quarters of a GPU and 64 GiB, whatever the host has. It reads them when it first looks
+    for devices.
+    """
+    if not any(name in environment for name in FRACTIONS):
+        environment[FRACTIONS[0]] = str(GPU_MEMORY_FRACTION)
+    # It is a limit, of which nothing is taken before it is needed; with HOST_PREALLOCATE all of it would be.
+    if HOST_PREALLOCATE not in environment:
+        environment.setdefault(HOST_LIMIT, str(host_bytes // 2**30))
+
+
 def start_distributed() -> Processes | None:
     """Join the other processes of this run and say so on stderr; None for a run of one process.
 
-    Raises InputError for an environment that is set by half or contradicts itself.
+    Sets the limits of ``allow_memory``. Raises InputError for an environment that is set by half or contradicts itself.
     """
+    allow_memory(os.environ, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if jax.distributed.is_initialized():
         return None
     # On a machine that has TPUs, JAX itself sets it to tpu,cpu when it is imported.

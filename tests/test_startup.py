@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from lmjax.errors import InputError
-from lmjax.startup import MULTISLICE, SLURM, VARIABLES, find_processes, start_distributed
+from lmjax.startup import MULTISLICE, SLURM, VARIABLES, allow_memory, find_processes, start_distributed
 
 ROOT = Path(__file__).parent.parent
 PLAIN = dict(zip(VARIABLES, ("host:1234", "2", "1"), strict=True))
@@ -48,6 +48,30 @@ def test_one_process_starts_nothing(monkeypatch: pytest.MonkeyPatch):
     assert not jax.distributed.is_initialized()
     assert find_processes(STEP | {"SLURM_STEP_NUM_TASKS": "1"}, has_tpu=False) is None
     assert find_processes({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}, has_tpu=False) is None
+
+
+@pytest.mark.fast
+def test_gpus_and_their_host_give_more_memory_than_jax_takes_by_itself():
+    environment: dict[str, str] = {}
+    allow_memory(environment, 2048 * 2**30)
+    assert environment == {"XLA_CLIENT_MEM_FRACTION": "0.9", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "2048"}
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        said = {name: "0.5", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "7"}
+        allow_memory(asked := dict(said), 2**40)
+        assert asked == said
+    allow_memory(asked := {"XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE": "true"}, 2**40)
+    assert "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB" not in asked
+
+
+def test_a_command_says_so_before_jax_looks_for_devices():
+    """What JAX's plugin for GPUs is given, in a process that has not looked for any."""
+    program = (
+        "import jax\nfrom lmjax.startup import start_distributed\nstart_distributed()\n"
+        "from jaxlib import xla_client\nprint(xla_client.generate_pjrt_gpu_plugin_options()['memory_fraction'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "SLURM"))}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 0.9
 
 
 @pytest.mark.fast

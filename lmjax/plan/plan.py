@@ -46,7 +46,7 @@ class Plan:
     @property
     def memory(self) -> int | None:
         """Of a device, for a program; None for CPUs."""
-        return None if self.topology.machine is None else self.topology.machine.memory
+        return None if self.topology.machine is None else self.topology.machine.program_memory
 
     @property
     def fits(self) -> bool | None:

@@ -14,6 +14,7 @@ from lmjax.plan.cost import Bound, bound, cost
 from lmjax.plan.memory import peak, stages
 from lmjax.plan.plan import MARGIN, Plan, make_plan, make_setup, unaccounted
 from lmjax.plan.topology import Topology, parse_topology, sizes_text, topology_devices
+from lmjax.plan.words import gib
 from lmjax.train.job import Job
 
 POLICIES = (
@@ -96,7 +97,7 @@ def search(job: Job, topology: Topology) -> Found:
             seconds = bound(cost(setup, mesh, topology), topology)
             assert seconds is not None
             candidate = Candidate(changed, estimate, seconds)
-            fits_here = estimate * (1 + MARGIN) <= machine.memory
+            fits_here = estimate * (1 + MARGIN) <= machine.program_memory
             if fits_here:
                 fitting.append(candidate)
             elif least is None or estimate < least.estimate_bytes:
@@ -132,7 +133,7 @@ def chosen(job: Job, topology_name: str, *, compiles: bool) -> tuple[Found, Plan
         where = "none of the next larger ones does" if larger is None else f"the smallest on which one fits is {larger}"
         raise InputError(
             f"none of the {found.tried} ways to carry out this run fits {topology_name}: the smallest needs "
-            f"{found.least.estimate_bytes / 2**30:.1f} GiB a device, of {topology.machine.memory / 2**30:.1f}, with "
+            f"{gib(found.least.estimate_bytes)} GiB a device, of {gib(topology.machine.program_memory)}, with "
             f"{found.least.overrides}. With this batch, {where}."
         )
     refusals = []

@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 
 from lmjax.errors import InputError
-from lmjax.hardware import CPU, DEVICES, Hardware
+from lmjax.hardware import CPU, DEVICES, GPU_MEMORY_FRACTION, Hardware
 
 GIB = 2**30
 GB = 1e9
@@ -50,6 +50,11 @@ class Machine:
     @property
     def hardware(self) -> Hardware:
         return DEVICES[self.device_kind].hardware
+
+    @property
+    def program_memory(self) -> int:
+        """What a program may use."""
+        return int(self.memory * (GPU_MEMORY_FRACTION if self.hardware.platform == "gpu" else 1))
 
 
 def _square_shapes() -> tuple[tuple[int, ...], ...]:

@@ -38,7 +38,7 @@ def test_what_fits_is_ranked_by_its_predicted_time():
     found = search(CASE.job, topology)
     machine = topology.machine
     assert machine is not None
-    assert all(candidate.estimate_bytes * (1 + MARGIN) <= machine.memory for candidate in found.fitting)
+    assert all(candidate.estimate_bytes * (1 + MARGIN) <= machine.program_memory for candidate in found.fitting)
     seconds = [candidate.bound.predicted for candidate in found.fitting]
     assert all(before <= 1.01 * after for before, after in itertools.pairwise(seconds))
     assert 0 < len(found.fitting) < found.tried
