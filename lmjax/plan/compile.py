@@ -111,8 +111,8 @@ def compile_lowered(
             raise
         raise InputError(
             f"the step does not fit the memory of a {mesh.devices.flat[0].device_kind} on mesh {dict(mesh.shape)}: "
-            f"{_sizes(error)} Lower train.global_batch_size, raise train.accumulation, keep less (train.remat), or "
-            "shard further (mesh.fsdp, mesh.expert, mesh.tensor)."
+            f"{_sizes(error)} Lower train.global_batch_size, raise train.accumulation, keep less (train.remat), "
+            "shard further (mesh.fsdp, mesh.expert, mesh.tensor), or put moments on the hosts (train.moments_on_host)."
         ) from error
     seconds = time.perf_counter() - began
     if executable is not None:
