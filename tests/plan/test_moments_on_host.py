@@ -102,7 +102,7 @@ def compiled(case: Case) -> Plan:
 
 
 def assert_moments_leave(case: Case, at_least: float) -> None:
-    """By so much of them the compiled step needs less. None of what is said to fit may be above its margin."""
+    """By so much of them the compiled step needs less."""
     here, there = compiled(case), compiled(on_host(case))
     assert here.compiled is not None
     assert there.compiled is not None
@@ -110,7 +110,6 @@ def assert_moments_leave(case: Case, at_least: float) -> None:
     moments = moments_bytes(here.setup)
     assert at_least * moments < saved <= 1.001 * moments, (case, saved / moments)
     assert there.peak.bytes < here.peak.bytes
-    assert there.compiled.total_bytes <= there.peak.bytes * (1 + MARGIN)
 
 
 @pytest.mark.slow
@@ -121,10 +120,25 @@ def test_a_step_for_tpus_keeps_them_on_the_host():
 
 @pytest.mark.proof
 @pytest.mark.parametrize("case", list(itertools.islice(drawn("tpu", "host"), 2)), ids=str)
-def test_steps_for_tpus_are_near_the_estimate_but_for_what_is_fetched_early(case: Case):
+def test_steps_for_tpus_keep_most_of_them_on_the_host(case: Case):
+    """Some are fetched early: there is memory to spare."""
     pytest.importorskip("libtpu")
     needs_the_compilers_of_the_account()
     assert_moments_leave(case, 0.3)
+
+
+@pytest.mark.proof
+def test_where_tpus_have_little_to_spare_less_is_fetched_early():
+    pytest.importorskip("libtpu")
+    needs_the_compilers_of_the_account()
+    full = on_host(dataclasses.replace(TIGHT, rows=40, length=4096, policy="attention"))
+    estimate = make_plan(full.job, full.topology)
+    assert estimate.memory is not None
+    assert 0.95 * estimate.memory < estimate.peak.bytes * (1 + MARGIN) <= estimate.memory
+    plan = compiled(full)
+    assert plan.compiled is not None
+    assert plan.fits
+    assert plan.peak.bytes == pytest.approx(plan.compiled.total_bytes, rel=0.05)
 
 
 @pytest.mark.proof
