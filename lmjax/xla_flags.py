@@ -72,11 +72,18 @@ class Built(NamedTuple):
     """Of the table, what the installed compiler does not know: it went without."""
 
 
-def compile_with_flags(lowered: jax.stages.Lowered, hardware: Hardware, asked: Mapping[str, Value | None]) -> Built:
-    """Raises InputError for a flag that was asked for and that the compiler does not know, or does not take so."""
+def compile_with_flags(
+    lowered: jax.stages.Lowered,
+    hardware: Hardware,
+    asked: Mapping[str, Value | None],
+    tracing: Mapping[str, Any] | None = None,
+) -> Built:
+    """With ``tracing`` come options that do not change what is made, and are told nowhere.
+
+    Raises InputError for a flag that was asked for and that the compiler does not know, or does not take so."""
     flags, unknown = flags_for(hardware, asked), []
     while True:
-        options: dict[str, Any] = dict(flags)
+        options: dict[str, Any] = {**flags, **(tracing or {})}
         try:
             return Built(lowered.compile(compiler_options=options), flags, tuple(unknown))
         except jax.errors.JaxRuntimeError as error:

@@ -27,7 +27,6 @@ Price = Annotated[
     float | None,
     typer.Option("--price", help="What a device costs an hour, in any currency: what the run costs at the bound."),
 ]
-
 Search = Annotated[
     bool,
     typer.Option(
@@ -40,8 +39,10 @@ Write = Annotated[
     str | None,
     typer.Option("--write", metavar="FILE", help="With --search: a config with the first of the ranking, to train by."),
 ]
-
-
+Arrays = Annotated[
+    bool,
+    typer.Option("--arrays", help="With --compile: list what is in a device's memory at the compiled step's peak."),
+]
 Executable = Annotated[
     str | None,
     typer.Option(
@@ -63,6 +64,7 @@ def plan(
     searches: Search = False,
     write: Write = None,
     executable: Executable = None,
+    arrays: Arrays = False,
     report: Report = None,
     price: Price = None,
     as_json: AsJson = False,
@@ -79,6 +81,8 @@ def plan(
         raise InputError("--write is for what --search finds; give both, or neither")
     if executable is not None and not compiles:
         raise InputError("--executable is for what --compile makes; give both, or neither")
+    if arrays and not compiles:
+        raise InputError("--arrays are those that --compile finds; give both, or neither")
     if executable is not None and searches:
         raise InputError("--executable is of one plan: --search first, with --write FILE, and then plan FILE --compile")
     for option, file in (("--write", write), ("--executable", executable)):
@@ -98,9 +102,9 @@ def plan(
     job = to_job(load(config, overrides or ()))
     found_by_search = None
     if searches:
-        found_by_search, made = chosen(job, topology, compiles=compiles)
+        found_by_search, made = chosen(job, topology, compiles=compiles, lists_arrays=arrays)
     else:
-        made = make_plan(job, topology, compiles=compiles, executable=executable)
+        made = make_plan(job, topology, compiles=compiles, executable=executable, lists_arrays=arrays)
     if price is not None and made.bound is None:
         raise InputError(f"--price has no effect: how fast {topology} is, is not known. Leave it out.")
     found = to_dict(made)
@@ -163,6 +167,8 @@ def _print(found: dict[str, Any]) -> None:
     if "sent" in found:
         rows = [(row["axes"], row["kind"], row["count"], gib(row["bytes"])) for row in found["sent"]]
         print_table("What it receives as compiled", ("axes", "collective", "count", "GiB"), rows)
+    if "compiled_arrays" in found:
+        _print_arrays(found["compiled_arrays"])
     for line in _compiler_lines(found):
         print(line)
     print(f"{found['parameters']:,} parameters, of which a token goes through {found['active_parameters']:,}")
@@ -171,6 +177,21 @@ def _print(found: dict[str, Any]) -> None:
         print(f"attention of {kind} blocks: {choice['name']} ({choice['why']})")
     for line in _memory_lines(found) + _speed_lines(found):
         print(line)
+
+
+LISTED = 20
+"""Kinds of arrays of a compiled step that are shown one by one."""
+
+
+def _print_arrays(arrays: list[dict[str, Any]]) -> None:
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for row in arrays:
+        sizes.setdefault((row["type"], row["scope"] or row["name"]), []).append(row["bytes"])
+    largest = sorted(sizes.items(), key=lambda item: -sum(item[1]))
+    rows = [(gib(sum(each)), len(each), type_ or None, made_in) for (type_, made_in), each in largest[:LISTED]]
+    if rest := [size for _, each in largest[LISTED:] for size in each]:
+        rows.append((gib(sum(rest)), len(rest), None, "all others"))
+    print_table("Memory of a device at its peak as compiled", ("GiB", "arrays", "type", "made in"), rows)
 
 
 def _print_ranking(search: dict[str, Any]) -> None:

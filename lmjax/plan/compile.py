@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,13 +23,14 @@ from lmjax.models.decoder import Execution
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.paths import cache_root, using_cache
 from lmjax.plan.hlo import Collective, collectives, kernel_memory
+from lmjax.plan.peak import PeakArray, arrays_of_dump, dump_options
 from lmjax.plan.topology import topology_devices
 from lmjax.train.executable import about, save_executable
 from lmjax.train.state import Blueprint
 from lmjax.train.step import DeviceBatch, lower_step
 from lmjax.xla_flags import Value, compile_with_flags
 
-FORMAT = 2
+FORMAT = 3
 """Of what is kept of a compile: another one where fields or their meaning change."""
 
 
@@ -54,6 +56,8 @@ class CompiledStep:
     """Of the compiler, that it was compiled with."""
     unknown_flags: tuple[str, ...]
     """That lmjax has for the hardware and the compiler does not know."""
+    arrays: tuple[PeakArray, ...] | None = dataclasses.field(default=None, repr=False)
+    """What lives in the device's memory at the peak, the largest first; None where it was not asked for."""
     is_kept: bool = False
     """Whether it was compiled before, and this is what was written down."""
     text: str = dataclasses.field(repr=False)
@@ -97,15 +101,23 @@ def compile_lowered(
     mesh: Mesh,
     asked: Mapping[str, Value | None],
     executable: str | None = None,
+    *,
+    lists_arrays: bool = False,
 ) -> CompiledStep:
     """Compile a step, with the flags for its hardware and those ``asked`` for, into the file ``executable`` if named.
 
+    With ``lists_arrays`` the compiler writes down where it puts every array, and what lives at the peak is read there.
+
     Raises InputError for a step that does not fit the devices' memory, and for flags that the compiler refuses.
     """
-    began = time.perf_counter()
+    began, arrays = time.perf_counter(), None
+    is_anew = lists_arrays or executable is not None
     try:
-        with compiling_anew() if executable is not None else contextlib.nullcontext():
-            built = compile_with_flags(lowered, hardware(mesh.devices.flat[0]), asked)
+        with compiling_anew() if is_anew else contextlib.nullcontext(), tempfile.TemporaryDirectory() as directory:
+            tracing = dump_options(Path(directory)) if lists_arrays else None
+            built = compile_with_flags(lowered, hardware(mesh.devices.flat[0]), asked, tracing)
+            if lists_arrays:
+                arrays = arrays_of_dump(Path(directory))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -130,24 +142,31 @@ def compile_lowered(
         seconds=seconds,
         flags=built.flags,
         unknown_flags=built.unknown,
+        arrays=arrays,
         text=text,
     )
 
 
 def kept_or_compiled(
-    lowered: jax.stages.Lowered, mesh: Mesh, asked: Mapping[str, Value | None], executable: str | None = None
+    lowered: jax.stages.Lowered,
+    mesh: Mesh,
+    asked: Mapping[str, Value | None],
+    executable: str | None = None,
+    *,
+    lists_arrays: bool = False,
 ) -> CompiledStep:
     """As ``compile_lowered``, but what was compiled before on this machine is read from its cache.
 
     It is kept by the program, the versions of the compilers, the devices and the flags: by nothing that could change
-    behind it. A file ``executable`` is compiled anew.
+    behind it. A file ``executable`` is compiled anew, and so are arrays that nobody asked for before.
     """
     what = json.dumps([FORMAT, about(lowered, mesh, asked)], sort_keys=True)
     name = hashlib.sha256(what.encode()).hexdigest()
     file = cache_root() / "plans" / f"{name}.json.gz"
-    if executable is None and (kept := _kept(file)) is not None:
+    kept = None if executable is not None else _kept(file)
+    if kept is not None and (kept.arrays is not None or not lists_arrays):
         return kept
-    step = compile_lowered(lowered, mesh, asked, executable)
+    step = compile_lowered(lowered, mesh, asked, executable, lists_arrays=lists_arrays)
     with using_cache():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{time.time_ns()}")
@@ -160,7 +179,9 @@ def _kept(file: Path) -> CompiledStep | None:
     """What a file of the cache says; None where there is none, or one that a full disk or a crash has cut off."""
     try:
         fields = json.loads(gzip.decompress(file.read_bytes()))
-        return CompiledStep(**fields | {"unknown_flags": tuple(fields["unknown_flags"]), "is_kept": True})
+        arrays = None if fields["arrays"] is None else tuple(PeakArray(*array) for array in fields["arrays"])
+        read = {"unknown_flags": tuple(fields["unknown_flags"]), "arrays": arrays, "is_kept": True}
+        return CompiledStep(**fields | read)
     except (FileNotFoundError, gzip.BadGzipFile, EOFError, ValueError):
         return None
 

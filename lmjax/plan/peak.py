@@ -3,9 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax
+from typing import NamedTuple
 
 from lmjax.plan.hlo import array_list, instructions
 
@@ -39,19 +37,22 @@ class _Value(NamedTuple):
     ends: int
 
 
-def compile_with_peak(lowered: jax.stages.Lowered, directory: Path) -> tuple[jax.stages.Compiled, list[PeakArray]]:
-    """The compiled program, and what lives at its peak, the largest first. The compiler writes into ``directory``.
+def dump_options(directory: Path) -> dict[str, str | bool]:
+    """Options of a compile whose dump ``arrays_of_dump`` reads from ``directory``. What JAX has kept leaves none."""
+    return {"xla_dump_to": str(directory), "xla_dump_hlo_as_text": True}
+
+
+def arrays_of_dump(directory: Path) -> tuple[PeakArray, ...]:
+    """What lives at the peak of the one program that was compiled with ``dump_options``, the largest first.
 
     Arrays in one place that follow each other are one; those that the compiler keeps nearer than in the device's
     memory are not among them.
     """
-    options: Any = {"xla_dump_to": str(directory), "xla_dump_hlo_as_text": True}
-    compiled = lowered.compile(compiler_options=options)
     (live,) = directory.glob("*after_optimizations-live-range.txt")
     program, assignment = (
         live.with_name(live.name.replace("-live-range", suffix)) for suffix in ("", "-buffer-assignment")
     )
-    return compiled, read_peak(assignment.read_text(), live.read_text(), program.read_text())
+    return tuple(read_peak(assignment.read_text(), live.read_text(), program.read_text()))
 
 
 def read_peak(assignment: str, live_ranges: str, program: str) -> list[PeakArray]:
@@ -89,7 +90,7 @@ def _at_peak(values: list[_Value], program: str) -> list[PeakArray]:
     scopes = {}
     for instruction in instructions(program):
         if found := _OP_NAME.search(instruction.arguments):
-            scopes[instruction.name] = found[1]
+            scopes[instruction.name] = found[1].replace("\\'", "'")
     by_place: dict[tuple[int, int, int], list[_Value]] = {}
     for value in values:
         by_place.setdefault((value.allocation, value.first, value.end), []).append(value)

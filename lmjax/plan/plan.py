@@ -113,8 +113,10 @@ def make_setup(job: Job, topology: Topology) -> Setup:
     )
 
 
-def make_plan(job: Job, topology_name: str, *, compiles: bool = False, executable: str | None = None) -> Plan:
-    """The estimate, and with ``compiles`` the compiler's own figures too, and the compiled step in a file.
+def make_plan(
+    job: Job, topology_name: str, *, compiles: bool = False, executable: str | None = None, lists_arrays: bool = False
+) -> Plan:
+    """The estimate, and with ``compiles`` the compiler's own figures too, its arrays, and the compiled step in a file.
 
     Raises InputError for an unknown topology, a mesh that does not go with it, and a compiler that is not installed.
     """
@@ -135,13 +137,14 @@ def make_plan(job: Job, topology_name: str, *, compiles: bool = False, executabl
         stages=stages(setup),
         cost=found,
         bound=bound(found, topology),
-        compiled=_compiled(job, topology_name, executable) if compiles else None,
+        compiled=_compiled(job, topology_name, executable, lists_arrays) if compiles else None,
     )
 
 
-def _compiled(job: Job, topology_name: str, executable: str | None) -> CompiledStep:
+def _compiled(job: Job, topology_name: str, executable: str | None, lists_arrays: bool) -> CompiledStep:
     program = make_program(job, topology_mesh(job.mesh, topology_name))
-    return kept_or_compiled(lower_program(job, program), program.mesh, job.train.xla_flags, executable)
+    lowered = lower_program(job, program)
+    return kept_or_compiled(lowered, program.mesh, job.train.xla_flags, executable, lists_arrays=lists_arrays)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -196,4 +199,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "collectives": {kind: each._asdict() for kind, each in plan.compiled.collectives.items()},
             "sent": [each._asdict() for each in sent_by_axis(plan.compiled.text, setup.sizes)],
         }
+        if plan.compiled.arrays is not None:
+            found["compiled_arrays"] = [array._asdict() for array in plan.compiled.arrays]
     return found

@@ -117,7 +117,7 @@ COMPILED = 3
 """Of the ranking that are compiled, at most, before it is said that none fits."""
 
 
-def chosen(job: Job, topology_name: str, *, compiles: bool) -> tuple[Found, Plan]:
+def chosen(job: Job, topology_name: str, *, compiles: bool, lists_arrays: bool = False) -> tuple[Found, Plan]:
     """What a search found, and the plan of its first; with ``compiles``, of the first that the compiler takes.
 
     Those before it are then no longer in the ranking. Raises InputError where none fits.
@@ -139,7 +139,7 @@ def chosen(job: Job, topology_name: str, *, compiles: bool) -> tuple[Found, Plan
     refusals = []
     for i, candidate in enumerate(found.fitting[: COMPILED if compiles else 1]):
         try:
-            plan = make_plan(candidate.job, topology_name, compiles=compiles)
+            plan = make_plan(candidate.job, topology_name, compiles=compiles, lists_arrays=lists_arrays)
         except InputError as error:  # a mesh that does not follow the links, or a step that does not fit after all
             refusals.append(str(error))
             continue

@@ -181,6 +181,7 @@ def test_a_search_is_ranked_and_written_as_a_config_to_train_by(config: str, cap
         ([], {"topology": "cpu:8", "searches": True}, "--search has no effect"),
         ([], {"topology": "cpu:8", "executable": "step"}, "--executable is for what --compile makes"),
         ([], {"topology": "v5e:2x4", "executable": "step", "compiles": True, "searches": True}, "of one plan"),
+        ([], {"topology": "v5e:2x4", "arrays": True}, "--arrays are those that --compile finds"),
         (["mesh.fsdp=32", "mesh.tensor=2"], {"topology": "v5p:4x4x4"}, "cannot be laid out"),
         (["train.moments_on_host=true"], {"topology": "cpu:8"}, "moments_on_host has no effect on CPUs"),
         (["train.xla_flags.xla_none=null"], {"topology": "cpu:8", "compiles": True}, "xla_none is null"),
@@ -232,3 +233,18 @@ def test_the_compilers_own_figures_stand_beside_the_estimate(config: str, capsys
     else:
         assert "compiled: " in shown
         assert "% off" in shown
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_arrays_of_the_compiled_step_are_listed(config: str, capsys, as_json: bool):
+    small = ["model.num_layers=1", "model.embed_dim=64", "model.mlp_dim=64", "data.sequence_length=64"]
+    plan(config, small, topology="cpu:8", compiles=True, arrays=True, as_json=as_json)
+    shown = capsys.readouterr().out
+    if as_json:
+        found = json.loads(shown)
+        sizes = [array["bytes"] for array in found["compiled_arrays"]]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sum(sizes) == pytest.approx(found["compiled_bytes"], rel=0.02)
+    else:
+        assert "state.params['embed']['table']" in shown
+        assert "all others" in shown

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from lmjax.compat import temporary_bytes
-from lmjax.plan.peak import PeakArray, compile_with_peak, read_peak
+from lmjax.plan.peak import PeakArray, arrays_of_dump, dump_options, read_peak
 from lmjax.plan.topology import topology_devices
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -29,7 +29,8 @@ def test_what_lives_at_the_peak_is_named_with_its_size(platform, topology, tmp_p
         return y @ z
 
     lowered = jax.jit(run).trace(square).lower(lowering_platforms=(platform,))
-    compiled, arrays = compile_with_peak(lowered, tmp_path)
+    compiled = lowered.compile(compiler_options=dump_options(tmp_path))
+    arrays = arrays_of_dump(tmp_path)
     large = [array for array in arrays if array.bytes == 4 * n**2]
     needed = compiled.memory_analysis()
     assert needed is not None
@@ -69,7 +70,7 @@ LIVE_RANGES = """HloLiveRange (max 9):
 PROGRAM = """
 ENTRY %main (x: f32[25]) -> f32[25] {
   %large = bf16[10,10]{1,0} dot(%x, %x), metadata={op_name="jit(step)/mlp/dot"}
-  ROOT %updated = f32[25]{0} add(%x, %x), metadata={op_name="jit(step)/update"}
+  ROOT %updated = f32[25]{0} add(%x, %x), metadata={op_name="jit(step)/state[\\'update\\']"}
 }
 """
 
@@ -80,5 +81,5 @@ def test_what_shares_a_place_is_one_array_and_the_peak_is_where_most_memory_is_t
     assert read_peak(ASSIGNMENT, LIVE_RANGES, PROGRAM) == [
         PeakArray(200, "large", "bf16[10,10]", "jit(step)/mlp/dot"),
         PeakArray(100, "x", "f32[25]", ""),
-        PeakArray(100, "updated", "f32[25]", "jit(step)/update"),
+        PeakArray(100, "updated", "f32[25]", "jit(step)/state['update']"),
     ]
