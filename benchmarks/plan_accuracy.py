@@ -33,6 +33,7 @@ from lmjax.data.tokenizer import BytesTokenizer
 from lmjax.errors import InputError
 from lmjax.mesh import AXES, MeshConfig
 from lmjax.models.config import DecoderConfig
+from lmjax.nn.attention_latent import LatentConfig
 from lmjax.nn.moe import MoEConfig
 from lmjax.optim import OptimizerConfig
 from lmjax.plan import search
@@ -117,6 +118,16 @@ MODELS = {
         norm="layer",
         position="alibi",
         tie_embeddings=True,
+    ),
+    "latent": DecoderConfig(
+        vocab_size=32_000,
+        max_length=8192,
+        embed_dim=2048,
+        num_layers=12,
+        num_heads=16,
+        head_dim=192,
+        latent=LatentConfig(kv_rank=512, query_rank=768, rope_dim=64, value_dim=128),
+        mlp_dim=5632,
     ),
 }
 """Of 0.3 to 1.3 billion parameters: the arrays of a step are as large as in real training, and compile as quickly as

@@ -236,7 +236,7 @@ def _exchanged(share: Share, passes: int) -> int:
     blocks = sum(kind.mlp == "moe" for kind in setup.model.blocks)
     if moe.capacity_factor is not None:  # all slots, there and back
         return blocks * 2 * (passes + 1) * share.expert_rows * setup.model.embed_dim * setup.compute_bytes
-    if setup.exchange == "ragged":
+    if share.is_ragged:
         return blocks * 2 * (passes + 1) * share.whole * moe.experts_per_token
     # All tokens come to each device, and what it made of them is summed: that is not computed again.
     return blocks * (passes + 3) * share.whole * setup.sizes["expert"]

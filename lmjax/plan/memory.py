@@ -218,7 +218,8 @@ def _blocks(share: Share, pattern: tuple[BlockKind, ...]) -> dict[str, tuple[Arr
 def _block_tpu(share: Share, kind: BlockKind) -> Iterator[Array]:
     """At the gradient of the hidden layer. What attention needs to go backward was computed for the MLP's input."""
     model, remat = share.setup.model, share.setup.remat
-    yield from _hidden_values(share, (kind,), 4, 3, 3)
+    # A ragged all-to-all gives rows in a layout of its own: those that come, and their gradients, are there in both.
+    yield from _hidden_values(share, (kind,), 4, 3, 5 if share.is_ragged else 3)
     yield Array("activations", "residual stream, input and gradient", 4 * share.residual)
     if share.is_sequence_split:
         yield Array("activations", "input of the MLP and gradient, whole sequences", 2 * share.whole)
@@ -252,12 +253,20 @@ def _recomputed_attention_tpu(share: Share, kind: BlockKind) -> Iterator[Array]:
     for name, factor in (("query", wide_heads), ("key", wide_heads), ("value", wide_values)):
         if name not in saved:
             yield Array("attention", name, round(getattr(values, name) * factor))
+    yield from _narrow(share, 2)
     if kernel == "splash":
         yield Array("attention", "splash's result", round(values.out * wide_values))  # before padding is set to 0
         yield Array("attention", "statistics, once a lane", values.statistics * LANES)
         yield Array("attention", "segments, once a lane", share.tokens * 4 * LANES)
     else:
         yield Array("attention", "statistics", values.statistics)
+
+
+def _narrow(share: Share, number: int) -> Iterator[Array]:
+    """Of latent attention, the vectors that heads are made of, given how often they are there where none is saved: as
+    they are projected, and after their norms."""
+    saved = {"none": number, "dots": 1}.get(share.setup.remat.policy, 0)
+    yield Array("attention", "narrow vectors", (number - saved) * share.attention.latent)
 
 
 def _blocks_gpu(share: Share, pattern: tuple[BlockKind, ...], at: str) -> Iterator[Array]:
@@ -278,6 +287,8 @@ def _blocks_gpu(share: Share, pattern: tuple[BlockKind, ...], at: str) -> Iterat
         yield Array("attention", "queries, keys, values", heads * len(pattern))
         yield Array("attention", "attention's result and its gradient", 2 * values.out)
     yield Array("attention", "gradients of queries, keys, values", heads)
+    for _ in pattern:
+        yield from _narrow(share, 2)
     kernel, is_kept = share.setup.kernels[pattern[-1].attention].name, share.setup.remat.policy == "none"
     if kernel == "reference" and at == "attention":
         yield Array("attention", "scores", share.pairs * ((1 if is_kept else 2) * FLOAT32 + 2 * c))
@@ -296,5 +307,6 @@ def _block_cpu(share: Share, kind: BlockKind) -> Iterator[Array]:
     yield Array("activations", "whole sequences", 3 * share.whole)
     yield Array("attention", "sums of gradients", (values.query + values.key + values.value) // c * FLOAT32)
     yield Array("attention", "queries, keys, values", 2 * values.query + values.key + values.value + values.out)
+    yield from _narrow(share, 3)
     yield Array("weights", "matrices of the MLP, gathered", 2 * share.feed_forward(kind).matrix)
     yield Array("tables", "zeros of the embedding's gradient", share.table * FLOAT32)

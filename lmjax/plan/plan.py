@@ -69,8 +69,6 @@ class Plan:
 
 def unaccounted(setup: Setup) -> str | None:
     """What of a step the account of memory does not have yet, in words; None where it has all."""
-    if setup.model.latent is not None:
-        return "latent attention (model.latent)"
     if setup.hardware.platform == "tpu" and any(each.name == "reference" for each in setup.kernels.values()):
         return "attention that has all scores at once (the kernel `reference`) on TPUs"
     return None

@@ -46,6 +46,8 @@ def saved_by_block(share: Share, kind: BlockKind) -> Iterator[Array]:
     names |= {"mlp_up": sizes.hidden, "mlp_hidden": sizes.hidden}
     if remat.policy == "dots":
         del names["mlp_hidden"]
+        names["narrow vectors"] = values.latent + values.latent_key
+        names["key"] -= values.latent_key * share.heads  # as projected, without what all heads have alike
         # Of results that are only added to something, no gradient needs the value.
         is_read = model.residual == "sequential" or model.norm_placement != "pre"
         names["attention's output"] = share.residual if is_read else 0
@@ -83,6 +85,7 @@ def _everything(share: Share, kind: BlockKind) -> Iterator[Array]:
     masked = values.out if kernel in ("splash", "chunked") else 0
     saved = values.query + values.key + values.value + values.out + masked + values.statistics
     yield Array("saved", "attention", saved)
+    yield Array("saved", "narrow vectors and inside of their norms", values.latent + 2 * values.latent // c * FLOAT32)
     if kernel == "reference":  # their exponentials, the weights, and how steep the cap was
         in_float32 = 1 if model.attention_softcap is None else 2
         yield Array("saved", "scores of attention", share.pairs * (in_float32 * FLOAT32 + c))

@@ -120,6 +120,12 @@ class Share:
         return shards * self.tokens * min(moe.num_experts // shards, moe.experts_per_token)
 
     @functools.cached_property
+    def is_ragged(self) -> bool:
+        """Whether rows go to the experts' devices by a ragged all-to-all."""
+        moe = self.setup.model.moe
+        return moe is not None and moe.capacity_factor is None and self.setup.exchange == "ragged"
+
+    @functools.cached_property
     def residual(self) -> int:
         """Bytes of the residual stream between blocks."""
         return self.whole // (self.tensor if self.is_sequence_split else 1)
@@ -138,12 +144,15 @@ class Share:
     def attention(self) -> "AttentionBytes":
         model, c = self.setup.model, self.setup.compute_bytes
         heads, kv_heads = self.heads * self.tokens, self.kv_heads * self.tokens
+        latent = 0 if model.latent is None else model.latent.kv_rank + (model.latent.query_rank or 0)
         return AttentionBytes(
             query=heads * model.head_width * c,
             key=kv_heads * model.head_width * c,
             value=kv_heads * model.value_width * c,
             out=heads * model.value_width * c,
             statistics=heads * FLOAT32,
+            latent=self.tokens * latent * c,
+            latent_key=0 if model.latent is None else self.tokens * model.latent.rope_dim * c,
         )
 
     def feed_forward(self, kind: BlockKind) -> "FeedForwardBytes":
@@ -171,6 +180,10 @@ class AttentionBytes(NamedTuple):
     out: int
     statistics: int
     """The logarithm of the normaliser of every query and head, float32."""
+    latent: int
+    """The narrow vectors of latent attention, whole on each device; 0 without it."""
+    latent_key: int
+    """Its rotated key, one for all heads."""
 
 
 class FeedForwardBytes(NamedTuple):

@@ -89,17 +89,10 @@ def test_cpus_have_no_speed_and_no_memory_of_their_own(config: str, capsys):
 
 
 def test_what_the_estimate_has_no_account_of_is_left_to_the_compiler(config: str, capsys):
-    latent = ["model.head_dim=64", "model.latent={kv_rank: 64, rope_dim: 16, value_dim: 64}"]
-    assert planned(capsys, config, latent, topology="v5e:2x4")["fits"] is None
-    plan(config, latent, topology="v5e:2x4")
-    assert "for --compile to say" in capsys.readouterr().out
-    with pytest.raises(InputError, match="no account of latent attention"):
-        plan(config, latent, topology="v5e:2x4", searches=True)
-
-
-def test_scores_of_whole_rows_on_tpus_are_for_the_compiler_to_say(config: str, capsys):
     scores = ["train.attention_kernel=reference"]
     assert planned(capsys, config, scores, topology="v5e:2x4")["fits"] is None
+    plan(config, scores, topology="v5e:2x4")
+    assert "for --compile to say" in capsys.readouterr().out
     assert planned(capsys, config, scores, topology="h200:8")["fits"] is True
     with pytest.raises(InputError, match="no account of attention that has all scores"):
         plan(config, scores, topology="v5e:2x4", searches=True)

@@ -157,7 +157,9 @@ def test_arrays_at_the_peak_are_listed_where_they_are_asked_for(lowered):
     assert listed.total_bytes == plain.total_bytes
     assert listed.arrays is not None
     table = 4 * CONFIG.vocab_size * CONFIG.embed_dim // 4  # float32, of one of four devices
-    state = [array for array in listed.arrays if array.scope.startswith("state.") and "['embed']['table']" in array.scope]
+    state = [
+        array for array in listed.arrays if array.scope.startswith("state.") and "['embed']['table']" in array.scope
+    ]
     assert [array.bytes for array in state] == 3 * [table]  # and two moments
     assert sum(array.bytes for array in listed.arrays) == pytest.approx(listed.total_bytes, rel=0.02)
     assert kept_or_compiled(step, mesh, {}, lists_arrays=True) == dataclasses.replace(listed, is_kept=True)
