@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from lmjax.errors import InputError
@@ -130,11 +130,11 @@ def chosen(job: Job, topology_name: str, *, compiles: bool, lists_arrays: bool =
         assert found.least is not None
         assert topology.machine is not None
         larger = smallest_that_fits(job, topology)
-        where = "none of the next larger ones does" if larger is None else f"the smallest on which one fits is {larger}"
+        where = "none fits" if larger is None else f"the smallest on which one fits is {larger}"
         raise InputError(
             f"none of the {found.tried} ways to carry out this run fits {topology_name}: the smallest needs "
             f"{gib(found.least.estimate_bytes)} GiB a device, of {gib(topology.machine.program_memory)}, with "
-            f"{found.least.overrides}. With this batch, {where}."
+            f"{found.least.overrides}. With this batch, of the larger ones that were tried, {where}."
         )
     refusals = []
     for i, candidate in enumerate(found.fitting[: COMPILED if compiles else 1]):
@@ -154,15 +154,18 @@ LARGER = 64
 
 
 def smallest_that_fits(job: Job, topology: Topology) -> str | None:
-    """Of the topology's generation, slices twice as large and so on, then several of the largest; None up to LARGER."""
+    """Of the topology's generation, larger slices, then several of the largest; None up to LARGER.
+
+    Of several there are powers of two, and half as many again: few batches divide by other numbers.
+    """
     machine = topology.machine
     assert machine is not None
     shapes = {math.prod(shape): shape for shape in reversed(machine.shapes)}  # of as many chips, the most even one last
     names = [f"{topology.generation}:{sizes_text(shape)}" for _, shape in sorted(shapes.items())]
-    names += [f"{count}x{names[-1]}" for count in (2, 4, 8, 16, 32, 64)]
+    names += [f"{count}x{names[-1]}" for count in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)]
     devices = topology.num_devices
     for larger in map(parse_topology, names):
-        if not 2 * devices <= larger.num_devices <= LARGER * topology.num_devices:
+        if not devices < larger.num_devices <= LARGER * topology.num_devices:
             continue
         devices = larger.num_devices
         with contextlib.suppress(InputError):  # a batch that does not divide
@@ -172,18 +175,16 @@ def smallest_that_fits(job: Job, topology: Topology) -> str | None:
 
 
 def meshes(job: Job, topology: Topology) -> Iterator[MeshConfig]:
-    """Every way to split the devices over the axes; the network cuts data, or fsdp where data is not split."""
+    """Every way to split the devices over the axes, and data and fsdp over the network."""
     has_experts = job.model.moe is not None
     for tensor in divisors(topology.slice_devices):
         for expert in divisors(topology.slice_devices // tensor) if has_experts else (1,):
             rest = topology.num_devices // tensor // expert
-            for data in divisors(rest):
-                parts: Mapping[str, int] = {}
-                if topology.slices > 1:
-                    parts = {"dcn_data" if data % topology.slices == 0 else "dcn_fsdp": topology.slices}
-                    if "dcn_fsdp" in parts and rest // data % topology.slices:
-                        continue
-                yield MeshConfig(data=data, fsdp=rest // data, expert=expert, tensor=tensor, **parts)
+            for data, dcn_data in itertools.product(divisors(rest), divisors(topology.slices)):
+                fsdp, dcn_fsdp = rest // data, topology.slices // dcn_data
+                if data % dcn_data == 0 and fsdp % dcn_fsdp == 0:
+                    parts = {"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp}
+                    yield MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor, **parts)
 
 
 def divisors(number: int) -> list[int]:

@@ -10,7 +10,7 @@ from benchmarks.plan_accuracy import MODELS, Case
 from lmjax.errors import InputError
 from lmjax.mesh import AXES
 from lmjax.plan.plan import MARGIN
-from lmjax.plan.search import POLICIES, chosen, divisors, meshes, search
+from lmjax.plan.search import POLICIES, chosen, divisors, meshes, search, smallest_that_fits
 from lmjax.plan.topology import parse_topology
 
 pytestmark = pytest.mark.fast
@@ -31,6 +31,8 @@ def test_slices_are_joined_by_the_network_in_every_mesh():
     assert all(mesh.dcn_data * mesh.dcn_fsdp == 2 for mesh in found)
     assert all(mesh.data % mesh.dcn_data == 0 and mesh.fsdp % mesh.dcn_fsdp == 0 for mesh in found)
     assert {mesh.dcn_data for mesh in found} == {1, 2}
+    six = {(mesh.dcn_data, mesh.dcn_fsdp) for mesh in meshes(CASE.job, parse_topology("6xv5e:2x4"))}
+    assert six == {(1, 6), (2, 3), (3, 2), (6, 1)}
 
 
 def test_what_fits_is_ranked_by_its_predicted_time():
@@ -70,6 +72,13 @@ def test_a_model_that_fits_nowhere_here_names_the_smallest_topology_that_would_d
         chosen(job, half, compiles=False)
 
 
+def test_the_smallest_topology_may_have_less_than_twice_the_devices():
+    wide = dataclasses.replace(MODELS["grouped"], embed_dim=16_384, mlp_dim=53_248, num_heads=128, num_layers=126)
+    job = dataclasses.replace(CASE.job, model=wide)
+    needed = [smallest_that_fits(job, parse_topology(f"{hosts}xh200:8")) for hosts in (4, 5)]
+    assert needed == ["8xh200:8", "8xh200:8"]
+
+
 def test_cpus_are_refused():
     with pytest.raises(InputError, match="--search has no effect"):
         search(CASE.job, parse_topology("cpu:8"))
@@ -85,21 +94,22 @@ def test_the_compiler_is_asked_for_the_best_until_one_fits(monkeypatch):
 
     asked = []
 
-    def refused_once(job, name, *, compiles):
+    def refused_once(job, name, *, compiles, lists_arrays):
         asked.append(job)
         if len(asked) == 1:
             raise InputError("does not follow the links")
+        assert lists_arrays
         return real(job, name, compiles=False)
 
     real = module.make_plan
     monkeypatch.setattr(module, "make_plan", refused_once)
     monkeypatch.setattr(module, "topology_devices", lambda name: ())
-    found, plan = chosen(CASE.job, "v5e:2x4", compiles=True)
+    found, plan = chosen(CASE.job, "v5e:2x4", compiles=True, lists_arrays=True)
     assert len(asked) == 2
     assert found.fitting[0].job == asked[1]
     assert plan.setup.remat == asked[1].train.remat
 
-    def refused(job, name, *, compiles):
+    def refused(job, name, *, compiles, lists_arrays):
         raise InputError("does not follow the links")
 
     monkeypatch.setattr(module, "make_plan", refused)
