@@ -58,8 +58,8 @@ class Machine:
 
 
 def _square_shapes() -> tuple[tuple[int, ...], ...]:
-    """Of generations whose chips form a mesh of two dimensions."""
-    return tuple((a, b) for a in (2, 4, 8, 16) for b in (a, 2 * a) if b <= 16)
+    """Of generations whose chips form a mesh of two dimensions, and are to be had one by one."""
+    return ((1, 1), *((a, b) for a in (2, 4, 8, 16) for b in (a, 2 * a) if b <= 16))
 
 
 def _cube_shapes(most_chips: int) -> tuple[tuple[int, ...], ...]:
@@ -180,9 +180,9 @@ class Topology:
 
 def parse_topology(name: str) -> Topology:
     """Raises InputError, with the nearest names, for one that there is not."""
-    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    found = re.fullmatch(r"(?:([1-9]\d{0,5})x)?([a-z]\w*):([1-9]\d{0,5}(?:x[1-9]\d{0,5})*)", name)
     if found is None or found[2] not in (*MACHINES, "cpu"):
-        near = difflib.get_close_matches(name, [*EXAMPLES, *_names()], n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, sorted({*EXAMPLES, *_names()}), n=3, cutoff=0.5)
         raise InputError(
             f"topology {name!r}: not known{', near it are ' if near else ''}{', '.join(near)}. A name is a generation "
             f"({', '.join((*MACHINES, 'cpu'))}) and how many there are of it, such as {', '.join(EXAMPLES)}."
@@ -262,6 +262,8 @@ def _tpus(topology: Topology) -> tuple[Any, ...]:
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.generation == "v4":  # its two cores are one device, as JAX has it on such a chip
         options["chip_config_name"] = "megacore"
+    if math.prod(topology.shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     name = f"{topology.generation}:{sizes_text(topology.shape)}"
     try:
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)

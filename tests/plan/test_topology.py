@@ -25,6 +25,7 @@ needs_cuda = pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None,
     ("name", "slices", "devices", "hardware"),
     [
         ("v4:2x2x1", 1, 4, "tpu v4"),
+        ("v5e:1x1", 1, 1, "tpu v5e"),
         ("v5e:16x16", 1, 256, "tpu v5e"),
         ("v5p:4x4x4", 1, 64, "tpu v5p"),
         ("2xv5p:8x8x8", 2, 1024, "tpu v5p"),
@@ -52,6 +53,8 @@ def test_a_name_says_how_many_devices_of_what(name, slices, devices, hardware):
         ("v5e:5x5", "v5e does not come in 5x5. Near it are v5e:2x4, v5e:4x4, v5e:4x8, v5e:8x8; several slices"),
         ("v5e:2x2x2", "does not come in 2x2x2"),
         ("0xv5p:4x4x4", "not known"),
+        ("h200:" + 5000 * "9", "not known"),
+        ("v5p:1x1x1", "v5p does not come in 1x1x1"),
         ("h200:3", "Near it are h200:1, h200:2, h200:4, h200:8; several hosts are HOSTSxh200:GPUS"),
         ("h200:2x8", "several hosts are HOSTSxh200:GPUS"),
         ("2xcpu:8", "a name is cpu:DEVICES"),
@@ -78,7 +81,9 @@ def test_machines_are_devices_that_are_known():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v4:4x4x4", "v5e:2x4", "v5p:4x4x4", "2xv5p:2x2x2", "v6e:8x16", "tpu7x:2x4x4"])
+@pytest.mark.parametrize(
+    "name", ["v4:4x4x4", "v5e:1x1", "v5e:2x4", "v5p:4x4x4", "2xv5p:2x2x2", "v6e:1x1", "v6e:8x16", "tpu7x:2x4x4"]
+)
 def test_libtpu_has_the_same_devices(name):
     topology, devices = parse_topology(name), topology_devices(name)
     assert len(devices) == topology.num_devices
