@@ -13,7 +13,7 @@ from lmjax.mesh import AXES, FSDP_AXES, MeshConfig, crossing
 from lmjax.models.config import BlockKind
 from lmjax.models.counts import attention_flops, block_products, training_flops
 from lmjax.plan.memory import MOMENTS, moments_bytes, parameter_numbers
-from lmjax.plan.saved import kept
+from lmjax.plan.saved import kept, offloaded_bytes
 from lmjax.plan.share import FLOAT32, Setup, Share
 from lmjax.plan.topology import Topology
 
@@ -57,7 +57,7 @@ class Bound(NamedTuple):
     network: float
     """Between them."""
     host: float
-    """Of what is fetched from the host's memory. As long again it takes to bring it back, which may be meanwhile."""
+    """Of what is fetched from the host's memory. As long again it takes to bring it there, which may be meanwhile."""
     waited_for: float
     """What of links and network goes along ``tensor`` and ``expert``: the next product needs it."""
 
@@ -146,7 +146,7 @@ def _computed_again(setup: Setup, kind: BlockKind) -> int:
     The last product of a block is not among them, nor that of attention where the MLP does not read its result: no
     gradient in the block needs them.
     """
-    policy, saved, model = setup.remat.policy, kept(setup), setup.model
+    policy, saved, model = setup.remat.policy, kept(setup) | set(setup.remat.offload), setup.model
     if policy == "none":
         return 0
     again = 0 if "attention_out" in saved else attention_flops(model, kind, setup.length)
@@ -225,6 +225,7 @@ def _traffic(share: Share, mesh: MeshConfig, topology: Topology) -> Iterator[Tra
     yield from over("expert", "tokens to experts and back", A * _exchanged(share, passes))
     if setup.moments_on_host:
         yield Traffic(HOST_AXIS, "moments, which go back when they are updated", HOST_LINK, moments_bytes(setup))
+    yield Traffic(HOST_AXIS, "saved values, which went there before", HOST_LINK, A * offloaded_bytes(setup))
 
 
 def _exchanged(share: Share, passes: int) -> int:

@@ -15,9 +15,20 @@ from lmjax.plan.cost import Bound, Cost, bound, cost
 from lmjax.plan.hlo import sent_by_axis
 from lmjax.plan.layout import check_layout
 from lmjax.plan.memory import Stage, moments_bytes, peak, stages
+from lmjax.plan.saved import offloaded_bytes
 from lmjax.plan.share import Setup
 from lmjax.plan.topology import Topology, parse_topology, topology_devices
-from lmjax.train.job import Job, check_moments, check_routing, check_shapes, choose_kernels, lower_program, make_program
+from lmjax.train.job import (
+    Job,
+    check_moments,
+    check_routing,
+    check_shapes,
+    check_steps,
+    choose_kernels,
+    lower_program,
+    make_program,
+)
+from lmjax.xla_flags import flags_for
 
 COMPILERS = (0, 12)
 """The JAX whose compilers the account of memory is of. With those of 0.10 a step was seen to take 40% more on CPUs."""
@@ -71,6 +82,10 @@ def unaccounted(setup: Setup) -> str | None:
     """What of a step the account of memory does not have yet, in words; None where it has all."""
     if setup.hardware.platform == "tpu" and any(each.name == "reference" for each in setup.kernels.values()):
         return "attention that has all scores at once (the kernel `reference`) on TPUs"
+    if setup.remat.offload:
+        return "values that go to the hosts (train.remat.offload)"
+    if "projection" in setup.remat.save:
+        return "the results of all products beside others (projection in train.remat.save)"
     return None
 
 
@@ -88,6 +103,8 @@ def make_setup(job: Job, topology: Topology) -> Setup:
     mesh: Any = AbstractMesh(tuple(sizes.values()), AXES)
     check_shapes(job, mesh)
     check_routing(job, mesh)
+    check_steps(job)
+    flags_for(topology.hardware, job.train.xla_flags)
     check_moments(job, topology.hardware)
     return Setup(
         model=job.model,
@@ -152,6 +169,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {
         "topology": plan.topology.name,
         "devices": plan.topology.num_devices,
+        "chip_devices": 1 if plan.topology.machine is None else plan.topology.machine.chip_devices,
         "mesh": dict(setup.sizes),
         "dcn": crossing(plan.mesh),
         "parameters": parameter_count(setup.model),
@@ -160,7 +178,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "attention_kernels": {kind: choice._asdict() for kind, choice in setup.kernels.items()},
         "estimate_bytes": largest.bytes,
         "device_bytes": plan.memory,
-        "host_bytes": moments_bytes(setup) if setup.moments_on_host else 0,
+        "host_bytes": (moments_bytes(setup) if setup.moments_on_host else 0) + offloaded_bytes(setup),
         "fits": plan.fits,
         "unaccounted": unaccounted(setup),
         "margin": MARGIN,

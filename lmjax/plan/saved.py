@@ -3,10 +3,12 @@
 What JAX stacks for the backward pass of a scan is a fact of its trace, which tests hold this against.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from lmjax.models.config import BlockKind
+from lmjax.models.remat import RematConfig
 from lmjax.plan.share import FLOAT32, Setup, Share
 
 Kind = Literal[
@@ -69,6 +71,17 @@ def kept(setup: Setup) -> frozenset[str]:
         case "save":
             return frozenset(remat.save)
     return frozenset()
+
+
+def offloaded_bytes(setup: Setup) -> int:
+    """Of one device, what waits for the backward pass of a micro-batch in the memory of its host."""
+    names = setup.remat.offload
+    if not names:
+        return 0
+    here = Share(dataclasses.replace(setup, remat=RematConfig(policy="save", save=names)))
+    return sum(
+        array.bytes for kind in setup.model.blocks for array in saved_by_block(here, kind) if array.name in names
+    )
 
 
 INSIDE = {"silu": 4, "gelu": 4, "gelu_tanh": 5, "relu": 1}

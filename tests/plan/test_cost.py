@@ -9,9 +9,10 @@ from benchmarks.plan_accuracy import MODELS, POLICIES
 from lmjax.mesh import AXES, MeshConfig
 from lmjax.models.config import DecoderConfig
 from lmjax.models.counts import training_flops
+from lmjax.models.remat import RematConfig
 from lmjax.nn.moe import MoEConfig
 from lmjax.ops.attention_kernels import Choice
-from lmjax.plan.cost import Bound, Cost, Traffic, bound, cost
+from lmjax.plan.cost import HOST_AXIS, HOST_LINK, Bound, Cost, Traffic, bound, cost
 from lmjax.plan.share import Setup
 from lmjax.plan.topology import parse_topology
 
@@ -64,6 +65,17 @@ def test_what_is_saved_is_not_computed_again(model: str):
     flops = {name: cost_of(model=MODELS[model], remat=policy, length=2048).flops for name, policy in POLICIES.items()}
     assert flops["none"] < flops["dots"] < flops["full"]
     assert flops["none"] < flops["heads"] < flops["attention"] < flops["full"]
+
+
+def test_what_waits_on_the_hosts_is_not_computed_again_and_comes_over_their_link():
+    names = ("query", "key", "value", "attention_out", "mlp_gate", "mlp_up")
+    here = cost_of("h200:8", remat=RematConfig(policy="save", save=names), accumulation=2)
+    there = cost_of("h200:8", remat=RematConfig(policy="save", offload=names), accumulation=2)
+    assert there.flops == here.flops < cost_of("h200:8", remat=POLICIES["full"], accumulation=2).flops
+    sent = by_axis(there)[HOST_AXIS, HOST_LINK]
+    # Of two micro-batches of 2 rows a device: 4 x 32 and 2 x 96 numbers of two bytes a token, and 4 of four.
+    assert sent == 2 * 3 * 2 * LENGTH * (2 * (4 * 32 + 2 * 96) + 4 * 4)
+    assert (HOST_AXIS, HOST_LINK) not in by_axis(here)
 
 
 def by_axis(found: Cost) -> dict[tuple[str, str], int]:
