@@ -1,5 +1,7 @@
 """``lmjax plan``."""
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +27,10 @@ Compile = Annotated[
 ]
 Price = Annotated[
     float | None,
-    typer.Option("--price", help="What a device costs an hour, in any currency: what the run costs at the bound."),
+    typer.Option(
+        "--price",
+        help="What a device costs an hour, in any currency (a chip of TPU7x is two): what the run costs at the bound.",
+    ),
 ]
 Search = Annotated[
     bool,
@@ -85,11 +90,9 @@ def plan(
         raise InputError("--arrays are those that --compile finds; give both, or neither")
     if executable is not None and searches:
         raise InputError("--executable is of one plan: --search first, with --write FILE, and then plan FILE --compile")
-    for option, file in (("--write", write), ("--executable", executable)):
-        if file is not None and Path(file).exists():
-            raise InputError(f"{option} {file}: is there already, and may be somebody's; name another file")
-    if price is not None and price <= 0:
-        raise InputError(f"--price is {price}; it has to be above 0")
+    if price is not None and not (math.isfinite(price) and price > 0):
+        raise InputError(f"--price is {price}; it has to be a number above 0")
+    _check_outputs({"--write": write, "--executable": executable, "--report": report})
     import jax
 
     from lmjax.cli.run_directory import to_job
@@ -99,7 +102,8 @@ def plan(
     from lmjax.plan.search import chosen
 
     jax.config.update("jax_platforms", "cpu")  # nothing is run, and another process may have the accelerators here
-    job = to_job(load(config, overrides or ()))
+    loaded = load(config, overrides or ())
+    job = to_job(loaded)
     found_by_search = None
     if searches:
         found_by_search, made = chosen(job, topology, compiles=compiles, lists_arrays=arrays)
@@ -116,17 +120,18 @@ def plan(
             "ranking": [_candidate(candidate) for candidate in ranking[:RANKED]],
         }
         if write is not None:
-            _write(write, config, overrides or (), ranking[0].overrides, topology)
+            best = ranking[0].job
+            _write(write, dataclasses.replace(loaded, mesh=best.mesh, train=best.train), config, topology)
             found["search"]["written"] = write
     if price is not None and made.bound is not None:
         hours = made.bound.seconds / 3600
         found["step_cost_bound"] = cost = price * hours * made.topology.num_devices
         found["run_cost_bound"] = cost * job.train.steps
+    print_json(found) if as_json else _print(found)
     if report is not None:
         from lmjax.plan.picture import write_plan  # Matplotlib is not worth waiting for otherwise
 
         write_plan(found, report)
-    print_json(found) if as_json else _print(found)
 
 
 RANKED = 10
@@ -142,15 +147,42 @@ def _candidate(candidate: Any) -> dict[str, Any]:
     }
 
 
-def _write(file: str, config: str, overrides: Any, changes: dict[str, Any], topology: str) -> None:
-    """A config that is ``config`` with overrides, and with what the search found."""
-    from omegaconf import OmegaConf
+def _check_outputs(files: dict[str, str | None]) -> None:
+    """Before any work. Raises InputError for a file that could not be written, and for one that may be somebody's."""
+    from lmjax.paths import as_path, is_remote, reaching
 
-    base = Path(config).absolute()
-    lines = [f"# {base.name} on {topology}, by lmjax plan --search."]
-    text = OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.from_dotlist(list(overrides)), changes))
+    named: dict[str, str] = {}
+    for option, file in files.items():
+        if file is None:
+            continue
+        path = as_path(file)
+        with reaching(path):
+            if path.is_dir():
+                raise InputError(f"{option} {file}: is a directory; name a file in it")
+            if path.exists() and not (option == "--report" and PAGE in path.read_bytes()[:1000]):
+                raise InputError(f"{option} {file}: is there already, and may be somebody's; name another file")
+            if not is_remote(path) and not path.parent.is_dir():
+                raise InputError(f"{option} {file}: no directory {path.parent} is there; make it first")
+        if str(path) in named:
+            raise InputError(f"{option} and {named[str(path)]} name the same file, {file}; name two")
+        named[str(path)] = option
+
+
+PAGE = b"<title>Plan for "
+"""Near the beginning of a page, that another one may take the place of."""
+
+
+def _write(file: str, found: Any, config: str, topology: str) -> None:
+    """The whole config that the plan is of. It has no base, whose values would come back where the search has none."""
+    from lmjax.config import to_yaml
+    from lmjax.paths import as_path, is_remote, write_object
+
+    text = f"# {Path(config).name} on {topology}, by lmjax plan --search.\n{to_yaml(found)}"
+    if is_remote(file):
+        write_object(as_path(file), text.encode())
+        return
     with open(file, "x", encoding="utf-8") as out:
-        out.write("\n".join([*lines, f"base: {base}", text]))
+        out.write(text)
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -224,7 +256,7 @@ def _memory_lines(found: dict[str, Any]) -> list[str]:
         when = "before, in" if found["compiled_before"] else "in"
         lines.append(f"compiled: {gib(compiled)} GiB a device, {when} {found['compile_seconds']:.0f} s; {error}")
     if found["host_bytes"]:
-        lines.append(f"on the hosts: {gib(found['host_bytes'])} GiB of moments for each device")
+        lines.append(f"on the hosts: {gib(found['host_bytes'])} GiB for each device")
     if memory is not None and found["fits"] is None:
         lines.append(f"whether it fits is for --compile to say: not in the estimate is {found['unaccounted']}")
     elif memory is not None:
@@ -250,6 +282,8 @@ def _speed_lines(found: dict[str, Any]) -> list[str]:
         f"predicted: {found['step_seconds_predicted']:.4g} s, computing waits {waited_for:.4g} s for other devices",
     ]
     if "run_cost_bound" in found:
+        chip = found["chip_devices"]
+        per_chip = f" (the price is of a device, of which a chip has {chip})" if chip > 1 else ""
         cost = f"{found['step_cost_bound']:.4g} a step, {found['run_cost_bound']:,.2f} the run"
-        lines.append(f"cost at that peak: {cost}")
+        lines.append(f"cost at that peak: {cost}{per_chip}")
     return lines

@@ -1,11 +1,14 @@
 """``lmjax plan``."""
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from lmjax.cli.plan import _compiler_lines, plan
+from lmjax.config import load
 from lmjax.errors import InputError
 from lmjax.plan.plan import MARGIN
 from lmjax.plan.words import gib
@@ -121,7 +124,7 @@ def test_moments_on_the_hosts_are_told(config: str, capsys):
     assert there["bounds"]["host"] > here["bounds"]["host"] == 0
     plan(config, ["train.moments_on_host=true"], topology="v5e:2x4")
     shown = capsys.readouterr().out
-    assert f"on the hosts: {gib(there['host_bytes'])} GiB of moments" in shown
+    assert f"on the hosts: {gib(there['host_bytes'])} GiB for each device" in shown
     assert f"host's memory {there['bounds']['host']:.4g} s" in shown
 
 
@@ -157,6 +160,48 @@ def test_a_search_is_ranked_and_written_as_a_config_to_train_by(config: str, cap
 
 
 @pytest.mark.parametrize(
+    ("base", "overrides"),
+    [
+        ("train: {remat: {policy: save, save: [query]}}", []),
+        ("mesh: {data: 2, dcn_data: 2}", []),
+        ("train: {xla_flags: {xla_a: 1}}", ["train.xla_flags={xla_b: 3}"]),
+        ("", ["data.sources[0]={kind: files, path: other}"]),
+        ("", ["train.moments_on_host=true"]),
+    ],
+    ids=str,
+)
+def test_what_is_written_is_the_whole_config(base: str, overrides: list[str], config: str, capsys, tmp_path: Path):
+    """Nothing comes back of what the search, or an override, has put another value in the place of."""
+    mine = tmp_path / "a: b #1.yaml"
+    mine.write_text(f"base: {config}\n{base}")
+    written = str(tmp_path / "found.yaml")
+    found = planned(capsys, str(mine), overrides, topology="v5e:2x4", searches=True, write=written)
+    before, after = load(str(mine), overrides), load(written)
+    assert after.train == dataclasses.replace(
+        before.train,
+        accumulation=after.train.accumulation,
+        remat=after.train.remat,
+        moments_on_host=after.train.moments_on_host,
+    )
+    assert dataclasses.replace(after, mesh=before.mesh, train=before.train) == before
+    again = planned(capsys, written, topology="v5e:2x4")
+    assert again["step_seconds_predicted"] == found["step_seconds_predicted"]
+    assert again["arrays"] == found["arrays"]
+
+
+def test_values_that_are_offloaded_are_left_to_the_compiler(config: str, capsys):
+    offloaded = ["train.remat={policy: save, offload: [query, mlp_up]}"]
+    found = planned(capsys, config, offloaded, topology="v5e:2x4")
+    assert found["fits"] is None
+    assert found["host_bytes"] == 2 * 2 * 1024 * 4 * (512 + 1536)  # of 2 rows a device and 4 blocks, two bytes each
+
+
+def test_of_a_chip_with_two_devices_the_price_is_said_to_be_of_one(config: str, capsys):
+    plan(config, topology="tpu7x:2x2x1", price=6.0)
+    assert "of which a chip has 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
         ([], {"topology": ""}, "--topology is missing"),
@@ -170,6 +215,16 @@ def test_a_search_is_ranked_and_written_as_a_config_to_train_by(config: str, cap
         (["train.attention_kernel=splash"], {"topology": "h200:8"}, "'splash' runs on tpu only"),
         ([], {"topology": "cpu:8", "price": 1.0}, "--price has no effect"),
         ([], {"topology": "v5e:2x4", "price": -1.0}, "--price is -1.0"),
+        ([], {"topology": "v5e:2x4", "price": math.nan}, "--price is nan"),
+        ([], {"topology": "v5e:2x4", "price": math.inf}, "--price is inf"),
+        (["optimizer.warmup_steps=200"], {"topology": "v5e:2x4"}, "below optimizer.warmup_steps 200"),
+        (["logging.profile_steps=[5,2000]"], {"topology": "v5e:2x4"}, "goes beyond the last update"),
+        (["train.xla_flags.xla_none=null"], {"topology": "v5e:2x4"}, "xla_none is null"),
+        ([], {"topology": "v5e:2x4", "searches": True, "write": "none/x.yaml"}, "no directory none"),
+        ([], {"topology": "v5e:2x4", "report": "none/x.html"}, "no directory none"),
+        ([], {"topology": "v5e:2x4", "report": "."}, "--report .: is a directory"),
+        ([], {"topology": "v5e:2x4", "searches": True, "write": "x", "report": "./x"}, "name the same file"),
+        ([], {"topology": "v5e:2x4", "compiles": True, "executable": "none/step"}, "no directory none"),
         ([], {"topology": "v5e:2x4", "write": "x.yaml"}, "--write is for what --search finds"),
         ([], {"topology": "cpu:8", "searches": True}, "--search has no effect"),
         ([], {"topology": "cpu:8", "executable": "step"}, "--executable is for what --compile makes"),
@@ -193,12 +248,15 @@ def test_no_file_is_overwritten(config: str, tmp_path: Path):
         plan(config, topology="cpu:8", compiles=True, executable=str(file))
     with pytest.raises(InputError, match=r"--write .*step: is there already"):
         plan(config, topology="v5e:2x4", searches=True, write=str(file))
+    with pytest.raises(InputError, match=r"--report .*step: is there already"):
+        plan(config, topology="v5e:2x4", report=str(file))
     assert file.read_text() == "somebody's"
 
 
 def test_a_page_is_written_beside_what_is_printed(config: str, capsys, tmp_path: Path):
     file = tmp_path / "plan.html"
     found = planned(capsys, config, topology="v5e:2x4", report=str(file), searches=True, price=1.0)
+    assert planned(capsys, config, topology="v5e:2x4", report=str(file), searches=True, price=1.0) == found
     page = file.read_text()
     assert f"{found['run_cost_bound']:,.2f} the run" in page
     assert f"The best of {found['search']['fitting']:,} that fit" in page
