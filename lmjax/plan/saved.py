@@ -55,9 +55,11 @@ def saved_by_block(share: Share, kind: BlockKind) -> Iterator[Array]:
         names["attention's output"] = share.residual if is_read else 0
         names["the MLP's output"] = share.residual if model.norm_placement != "pre" else 0
         names["the experts' output"] = sizes.rows  # for the gradient of a token's weights
+    widths = {"query": model.head_width, "key": model.head_width, "value": model.value_width}
     for name, num_bytes in names.items():
         if name in kept(share.setup) or remat.policy == "dots":
-            yield Array("saved", name, num_bytes)
+            factor = wide(widths[name]) if name in widths and share.setup.hardware.platform == "tpu" else 1
+            yield Array("saved", name, round(num_bytes * factor))
 
 
 def kept(setup: Setup) -> frozenset[str]:
