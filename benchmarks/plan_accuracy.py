@@ -3,9 +3,9 @@
     python benchmarks/plan_accuracy.py --platform tpu --seed 0 --count 20 >> benchmarks/results/plan_accuracy.jsonl
     python benchmarks/plan_accuracy.py --table benchmarks/results/plan_accuracy.jsonl
 
-A case is drawn: one of six models (dense, grouped heads, experts, tied tables, windows, ALiBi), a topology, a mesh that
-divides both, rows, length, remat policy, micro-batches and kernel. Its step is compiled; a row has both figures, bytes
-of one device, and the estimate's error, relative to the compiler's: arguments + outputs + temporaries - aliases.
+A case is drawn: one of seven models (dense, grouped heads, experts, tied tables, windows, ALiBi, latent attention), a
+topology, a mesh that divides both, rows, length, remat policy, micro-batches and kernel. Its step is compiled; a row has
+both figures, bytes of one device, and the estimate's error, relative to the compiler's: arguments + outputs + temporaries - aliases.
 ``--cases`` prints what would be compiled. Needs libtpu, or for GPUs JAX's CUDA plugin. ``--table`` estimates the cases
 of a file again, beside the figures that the compilers gave then, and needs neither.
 
