@@ -4,10 +4,10 @@
     python benchmarks/plan_accuracy.py --table benchmarks/results/plan_accuracy.jsonl
 
 A case is drawn: one of seven models (dense, grouped heads, experts, tied tables, windows, ALiBi, latent attention), a
-topology, a mesh that divides both, rows, length, remat policy, micro-batches and kernel. Its step is compiled; a row has
-both figures, bytes of one device, and the estimate's error, relative to the compiler's: arguments + outputs + temporaries - aliases.
-``--cases`` prints what would be compiled. Needs libtpu, or for GPUs JAX's CUDA plugin. ``--table`` estimates the cases
-of a file again, beside the figures that the compilers gave then, and needs neither.
+topology, a mesh that divides both, rows, length, remat policy, micro-batches and kernel. Its step is compiled; a row
+has both figures, bytes of one device, and the estimate's error, relative to the compiler's: arguments + outputs +
+temporaries - aliases. ``--cases`` prints what would be compiled. Needs libtpu, or for GPUs JAX's CUDA plugin. With
+``--table`` the cases of a file are estimated again, beside the figures that the compilers gave then: it needs neither.
 
 The last line is one JSON object: of the rows of this run, or of the file of ``--table``.
 """
