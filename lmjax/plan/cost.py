@@ -203,10 +203,12 @@ def _traffic(share: Share, mesh: MeshConfig, topology: Topology) -> Iterator[Tra
         # Over expert goes, after fsdp, what is no expert's.
         part = whole.matrices if axis == "fsdp" else (whole.matrices - whole.experts) * setup.sizes["expert"]
         again = 0
-        if setup.hardware.platform == "gpu" and setup.remat.policy != "none":
+        if setup.hardware.platform == "gpu" and setup.remat.policy not in ("none", "dots"):
             # Elsewhere the gradients find what was gathered to compute values again. The last product is not computed
             # again, and experts gather inside of what is.
-            again = (whole.matrices - whole.experts - whole.down) * (1 if axis == "fsdp" else setup.sizes["expert"])
+            saved = whole.heads if {"query", "key", "value"} <= kept(setup) else 0
+            again = whole.matrices - whole.experts - whole.down - saved
+            again *= 1 if axis == "fsdp" else setup.sizes["expert"]
         table = share.table // (setup.sizes["expert"] if axis == "fsdp" else 1)
         yield from over(axis, "matrices gathered", A * (2 * part + again) * c)
         yield from over(axis, "gradients summed and split", A * part * reduced)

@@ -75,6 +75,8 @@ class ParameterNumbers(NamedTuple):
     """Those of other matrices whose first dimension is not the one that is gathered."""
     down: int
     """Those of the matrices with which dense MLPs end."""
+    heads: int
+    """Those of the matrices that make queries, keys and values."""
     outside: int
     """Those outside of blocks: tables and the last norms."""
 
@@ -111,6 +113,10 @@ def parameter_numbers(setup: Setup) -> ParameterNumbers:
     return _numbers(setup.model, tuple(setup.sizes.items()))
 
 
+HEADS = frozenset({"query", "key", "value", "query_up", "key_up", "value_up"})
+"""What gives queries, keys and values, of the residual stream or of narrow vectors."""
+
+
 @functools.lru_cache(maxsize=4096)
 def _numbers(model: DecoderConfig, sizes: tuple[tuple[str, int], ...]) -> ParameterNumbers:
     counts = dict.fromkeys(ParameterNumbers._fields, 0)
@@ -124,6 +130,7 @@ def _numbers(model: DecoderConfig, sizes: tuple[tuple[str, int], ...]) -> Parame
             counts["matrices"] += num
             counts["experts"] += num if axes[0] == "experts" else 0
             counts["down"] += num if path[-3:-1] == ("mlp", "down") else 0
+            counts["heads"] += num if path[-3] == "attention" and path[-2] in HEADS else 0
             gathered = [dim for dim, axis in enumerate(axes) if axis in ("embed", "latent_in", "expert_embed")]
             counts["transposed"] += num if gathered != [0] and axes[0] != "experts" else 0
     return ParameterNumbers(**counts)

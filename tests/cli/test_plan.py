@@ -191,7 +191,7 @@ def test_what_is_written_is_the_whole_config(base: str, overrides: list[str], co
 
 def test_values_that_are_offloaded_are_left_to_the_compiler(config: str, capsys):
     offloaded = ["train.remat={policy: save, offload: [query, mlp_up]}"]
-    found = planned(capsys, config, offloaded, topology="v5e:2x4")
+    found = planned(capsys, config, offloaded, topology="h200:8")
     assert found["fits"] is None
     assert found["host_bytes"] == 2 * 2 * 1024 * 4 * (512 + 1536)  # of 2 rows a device and 4 blocks, two bytes each
 

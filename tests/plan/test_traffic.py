@@ -71,6 +71,8 @@ def test_what_is_planned_is_what_compiled_steps_send_on_cpus(changes: dict):
         {"data": 2, "fsdp": 2, "tensor": 2, "policy": "none"},
         {"model": "tied", "data": 4, "fsdp": 2, "policy": "attention", "accumulation": 2},
         {"model": "experts", "fsdp": 2, "expert": 4},
+        {"policy": "dots"},
+        {"model": "latent", "policy": "heads"},
     ],
     ids=str,
 )
