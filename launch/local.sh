@@ -41,6 +41,9 @@ prefix() { # outlives every signal, so that the last lines are shown
 declare -A running=() # pid -> process number
 groups=() printers=()
 forward() { ((${#running[@]})) && kill -s "$1" "${!running[@]}"; }
+missed=() # signals that came before all were there to hear them
+# shellcheck disable=SC2064 # each trap has the name of its own signal
+for signal in TERM INT HUP USR1; do trap "missed+=($signal)" "$signal"; done
 
 for ((number = 0; number < num_processes; number++)); do
   exec {out}> >(prefix "$number")
@@ -52,8 +55,9 @@ for ((number = 0; number < num_processes; number++)); do
   groups+=($!)
   exec {out}>&- {err}>&-
 done
-# shellcheck disable=SC2064 # each trap has the name of its own signal
+# shellcheck disable=SC2064
 for signal in TERM INT HUP USR1; do trap "forward $signal" "$signal"; done
+for signal in ${missed[@]+"${missed[@]}"}; do forward "$signal"; done
 exec {messages}>&2 2>/dev/null # bash itself would report every process that a signal ended
 
 failed=0 preempted=0 reaper='' tick=''

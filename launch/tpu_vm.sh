@@ -81,12 +81,21 @@ made_of+=("--accelerator-type=$accelerator" "--runtime-version=$runtime")
 # command is a child of the shell: if a signal ended what ssh itself started, ssh would end with 255, after which gcloud
 # starts it again.
 # What an earlier start left running, when the connection to it was lost, is stopped first: it holds the TPU.
+# A stop may come at any time of a start. It leaves a mark, which the start looks for before the command and again when
+# the command's number is written down: whoever of the two finds both sends TERM, and once, as a second one would end
+# the command before its state is saved.
+printf -v mark '.lmjax-stop-%(%s)T-%s' -1 "$$"
 # shellcheck disable=SC2016 # for the host's shell
 {
-  stop='{ read -r pid <.lmjax-launch && kill -TERM "$pid"; } 2>/dev/null'
+  stop="touch $mark; { read -r pid ending <.lmjax-launch && [[ -z \$ending ]] && mkdir $mark.sent && "
+  stop+='kill -TERM "$pid"; } 2>/dev/null'
   prefixed='2>&1 | sed -u "s/^/[$HOSTNAME] /"; exit "${PIPESTATUS[0]}"'
-  start="$stop && while kill -0 \"\$pid\" 2>/dev/null; do sleep 0.2; done;$command & echo \$! >.lmjax-launch; "
-  start+='wait $!; code=$?; rm -f .lmjax-launch; exit $code'
+  start='{ read -r pid ending <.lmjax-launch && { [[ -n $ending ]] || '
+  start+='{ echo "$pid ending" >.lmjax-launch; kill -TERM "$pid"; }; }; } 2>/dev/null && '
+  start+='while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done; '
+  start+="rm -f .lmjax-launch; [[ ! -e $mark ]] || exit 75;$command & echo \$! >.lmjax-launch; "
+  start+="[[ ! -e $mark ]] || { mkdir $mark.sent && kill -TERM \$!; } 2>/dev/null; "
+  start+="wait \$!; code=\$?; rm -rf .lmjax-launch $mark $mark.sent; exit \$code"
 }
 printf -v quoted '%q' "$setup"
 setup="[[ \$(cat .lmjax-setup 2>/dev/null) == $quoted ]] || { bash -c $quoted && printf %s $quoted >.lmjax-setup; }"
@@ -232,8 +241,13 @@ create() {
   exists=1
   in_background call gcloud compute tpus queued-resources create "$name" "${place[@]}" "${made_of[@]}" --quiet || {
     local code=$?
-    exists=0
-    say "the queued resource $name could not be made"
+    # gcloud may have failed when the request was through: then it exists, and so it does if nobody tells.
+    if [[ $(state_of queued-resources "$name" state.state) == ABSENT ]]; then
+      exists=0
+      say "the queued resource $name could not be made"
+    else
+      say "gcloud failed while it made the queued resource $name, which is taken to be there"
+    fi
     exit "$code"
   }
 }

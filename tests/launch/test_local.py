@@ -69,6 +69,18 @@ def test_a_signal_reaches_every_process():
         assert running.wait() == 75
 
 
+def test_a_signal_while_processes_start_reaches_every_one(tmp_path):
+    """Those that are not there yet, too: none is left behind."""
+    script = f"trap 'exit 75' TERM; touch {tmp_path}/$JAX_PROCESS_ID; for ((i = 0; i < 200; i++)); do sleep 0.05; done"
+    with subprocess.Popen([LAUNCH, "24", "bash", "-c", script], stderr=subprocess.PIPE) as running:
+        while not (tmp_path / "0").exists():
+            assert running.poll() is None
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=60) != 0
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
+
+
 def test_a_dry_run_prints_the_command_of_each_process_and_starts_none(tmp_path):
     started = tmp_path / "started"
     command = [LAUNCH, "2", "touch", started, "a b", "it's"]

@@ -1,5 +1,6 @@
 """What launch/tpu_vm.sh asks of gcloud, with a stub in its place."""
 
+import re
 import signal
 import subprocess
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.google import ABSENT, DENIED, MADE, Google
+from tests.launch.google import ABSENT, DENIED, HOST, MADE, Google
 
 pytestmark = pytest.mark.fast
 
@@ -151,6 +152,23 @@ def test_a_signal_is_passed_on_and_the_state_saved(google: Google, tmp_path: Pat
     assert sorted(google.words) == ["queued describe", "ssh", "ssh"]
 
 
+@pytest.mark.parametrize("late", ["", "command=${command//echo \\$! >/sleep 1; echo \\$! >}"])
+def test_a_signal_is_heard_however_early_it_comes(google: Google, tmp_path: Path, late: str):
+    """Before the command has begun, and before its number is written down."""
+    slow = HOST.replace("exec bash", f'command="${{!##--command=}}"; {late or "sleep 1"}; exec bash')
+    slow = slow.replace('"${!##--command=}"\n', '"$command"\n')
+    google.answers(ssh_script=f'if [[ "${{!#}}" == *"wait "* ]]; then {slow}\nelse {HOST}\nfi')
+    script = "trap 'echo saved; exit 75' TERM; touch ran; for ((i = 0; i < 400; i++)); do sleep 0.05; done"
+    with google.start("bash", "-c", script) as running:
+        wait_for(tmp_path / "home-pod" / "ran" if late else google.log, least=0 if late else 1)
+        running.send_signal(signal.SIGTERM)
+        out, _ = running.communicate(timeout=30)
+    assert running.returncode == 75
+    assert ("saved" in out) == bool(late)
+    assert (tmp_path / "home-pod" / "ran").exists() == bool(late)
+    assert not list((tmp_path / "home-pod").glob(".lmjax-launch"))
+
+
 def test_a_second_signal_ends_it_at_once(google: Google, tmp_path: Path):
     script = "trap '' TERM; echo ready; while [[ ! -e done ]]; do sleep 0.05; done"
     with google.start("bash", "-c", script) as running:
@@ -176,9 +194,9 @@ def test_a_signal_while_it_waits_for_the_tpu_ends_it_at_once(google: Google):
     assert google.words == ["queued describe"]
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, least: int = 0) -> None:
     until = time.monotonic() + 30
-    while not path.exists():
+    while not path.exists() or path.stat().st_size < least:
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -201,6 +219,8 @@ def test_a_dry_run_prints_what_a_run_calls(google: Google, tmp_path: Path, varia
     assert not (tmp_path / "logs").exists()
     assert google.launch(*command, **variables).returncode == 0
     printed, called = google.shell_calls(dry.stdout), google.calls
+    for call in (*printed, *called):
+        call[-1] = re.sub(r"lmjax-stop-[0-9-]+", "lmjax-stop", call[-1])  # each run has a mark of its own
     if "SLICES" in variables:  # which are called at once
         printed, called = sorted(printed), sorted(called)
     assert printed == called

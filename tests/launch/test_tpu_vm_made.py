@@ -94,12 +94,21 @@ def test_a_request_that_fails_ends_it_and_says_how_to_see_why(google: Google):
 
 
 def test_a_request_that_is_refused_ends_it_with_the_code_of_gcloud(google: Google):
-    google.answers(queued=[ABSENT], create="echo 'ERROR: no quota' >&2; exit 3")
+    google.answers(queued=[ABSENT, ABSENT], create="echo 'ERROR: no quota' >&2; exit 3")
     ended = google.launch("lmjax", **MADE)
     assert ended.returncode == 3
     assert "no quota" in ended.stderr
     assert "could not be made" in ended.stderr
     assert "cost money" not in ended.stderr
+
+
+@pytest.mark.parametrize("state", ["CREATING", DENIED])
+def test_what_may_have_been_made_when_gcloud_failed_is_told(google: Google, state: str):
+    google.answers(queued=[ABSENT, *[state] * 5], create="echo 'ERROR: connection lost' >&2; exit 1")
+    ended = google.launch("lmjax", **MADE)
+    assert ended.returncode == 1
+    assert "could not be made" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("gcloud compute tpus queued-resources delete pod")
 
 
 def test_a_deletion_that_is_refused_ends_it(google: Google):
