@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from lmjax.cli.plan import plan
 from lmjax.config import load
 from tests.command import lmjax
 from tests.launch.stubs import Cluster
@@ -128,7 +129,10 @@ def run(page: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> int:
 def check_config(words: list[str]) -> None:
     """Of a command that is not run here, that its config loads."""
     at = next(i for i, word in enumerate(words) if word.endswith(".yaml"))
-    load(words[at], [word for word in words[at + 1 :] if "=" in word])
+    overrides = [word for word in words[at + 1 :] if "=" in word]
+    load(words[at], overrides)
+    if "--topology" in words:
+        plan(words[at], overrides, topology=words[words.index("--topology") + 1])  # or it is refused
 
 
 @pytest.mark.parametrize("page", ["training", "launching"])

@@ -14,8 +14,8 @@ import sys
 from typing import Annotated, Any, NamedTuple
 
 import typer
-import yaml
 
+from lmjax.config import to_yaml_text
 from lmjax.errors import InputError, PreemptedError
 from lmjax.plan.topology import Topology, parse_topology, sizes_text
 
@@ -95,7 +95,7 @@ def main(
     options += [("--accelerator", accelerator)] if accelerator else []
     options += [("--chips-per-host", str(chips_per_host))] if chips_per_host else []
     print(head(pods, [*map(shlex.join, options), "--", *map(shlex.quote, command)]))
-    print(yaml.safe_dump(manifest, sort_keys=False, width=math.inf, allow_unicode=True), end="")
+    print(to_yaml_text(manifest, width=math.inf, allow_unicode=True), end="")
 
 
 def find_pods(topology: Topology, accelerator: str | None, chips_per_host: int | None) -> Pods:

@@ -2,7 +2,7 @@
 
 from lmjax.config.resume import check_resume, differences
 from lmjax.config.run import InferenceConfig, RunConfig, load, load_inference, load_model
-from lmjax.config.typed import dump, load_as, to_tree, to_yaml
+from lmjax.config.typed import dump, load_as, to_tree, to_yaml, to_yaml_text
 
 __all__ = [
     "InferenceConfig",
@@ -16,4 +16,5 @@ __all__ = [
     "load_model",
     "to_tree",
     "to_yaml",
+    "to_yaml_text",
 ]

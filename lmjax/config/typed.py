@@ -40,7 +40,27 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """:func:`to_tree` of ``config`` as YAML that :func:`load_as` reads back to an equal object."""
-    return yaml.safe_dump(_escaped(to_tree(config)), sort_keys=False, width=120)
+    return to_yaml_text(_escaped(to_tree(config)), width=120, allow_unicode=False)
+
+
+def to_yaml_text(tree: Any, **options: Any) -> str:
+    """Plain data as YAML whose text is text to every reader of YAML 1.1 or 1.2."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, **options)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what PyYAML takes for text and others do not: numbers such as 1e3, and words such as y."""
+
+
+_NOT_TEXT = re.compile(r"[-+.]?[0-9].*|[-+]?\.(inf|nan)|y|n|yes|no|on|off|true|false|null|~", re.IGNORECASE)
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "'" if _NOT_TEXT.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def dump(config: Any, file: str) -> None:

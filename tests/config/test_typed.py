@@ -35,6 +35,17 @@ def test_what_is_dumped_loads_back_to_an_equal_object(tmp_path, config):
     assert load_as(Nursery, str(file), ["dust=1"]) != config
 
 
+@pytest.mark.parametrize(
+    "name", ["1e3", "1_000", "0x10", "null", "y", "on", "1:30", ".5", "~", "true", "", "2026-01-01"]
+)
+def test_text_that_others_take_for_something_else_is_quoted(tmp_path, name):
+    config = dataclasses.replace(FULL, name=name)
+    file = tmp_path / "config.yaml"
+    dump(config, str(file))
+    assert load_as(Nursery, str(file)) == config
+    assert f"name: '{name}'" in file.read_text().splitlines()
+
+
 def test_defaults_are_dumped_too():
     assert to_tree(Nursery(name="x", best=Ball(radius=1)))["shelf"] == {"width": 80, "depth": 30, "label": None}
 
