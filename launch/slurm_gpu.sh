@@ -10,7 +10,7 @@
 #
 # Variables, which sbatch hands on:
 #   VENV              virtual environment, whose bin/ comes first on the command's PATH
-#   CONTAINER         image that the command runs in instead, by pyxis, as nvcr.io#nvidia/jax:25.10-py3 or a .sqsh file
+#   CONTAINER         image with lmjax that the command runs in instead, by pyxis, as /shared/lmjax.sqsh or HOST#NAME:TAG
 #   CONTAINER_MOUNTS  what of the hosts it sees, as /shared:/shared,/data:/data:ro
 #   DRY_RUN=1         print the command that the job would run, here, and run nothing
 #SBATCH --job-name=lmjax

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-from lmjax.cli.plan import plan
+from lmjax.cli.run_directory import to_job
 from lmjax.config import load
+from lmjax.plan.plan import make_plan
 from tests.command import lmjax
 from tests.launch.stubs import Cluster
 
@@ -41,6 +42,8 @@ SMALL = {
 """What an experiment of the docs has in place of its own sizes, so that it takes seconds."""
 
 SYLLABLES = ("token", "mo", "del", "row", "ba", "tch", "lo", "ss")
+ACCELERATORS = {"v5p-64": "v5p:2x4x4", "v5litepod-256": "v5e:16x16"}
+"""What Google's names of TPUs, in the pages, are to a plan."""
 AFTER = {"generation": "training"}
 """A page that goes on where another one ended."""
 
@@ -127,12 +130,24 @@ def run(page: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> int:
 
 
 def check_config(words: list[str]) -> None:
-    """Of a command that is not run here, that its config loads."""
+    """Of a command that is not run here, that its config loads, and fits on the devices that it names."""
     at = next(i for i, word in enumerate(words) if word.endswith(".yaml"))
     overrides = [word for word in words[at + 1 :] if "=" in word]
-    load(words[at], overrides)
+    job = to_job(load(words[at], overrides))
+    if topology := named_topology(words[:at]):
+        assert make_plan(job, topology).fits is True
+
+
+def named_topology(words: list[str]) -> str | None:
+    """That of a launcher's line. Slurm names no device: an H100."""
     if "--topology" in words:
-        plan(words[at], overrides, topology=words[words.index("--topology") + 1])  # or it is refused
+        return words[words.index("--topology") + 1]
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    if name := options.get("ACCELERATOR"):
+        return f"{options.get('SLICES', 1)}x{ACCELERATORS[name]}"
+    if "sbatch" in words:
+        return f"{options['--nodes']}xh100:{options['--gpus-per-node']}"
+    return None
 
 
 @pytest.mark.parametrize("page", ["training", "launching"])

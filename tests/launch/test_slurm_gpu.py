@@ -50,7 +50,10 @@ def test_a_virtual_environment_comes_first_on_the_path(cluster: Cluster, tmp_pat
 
 
 def test_a_container_runs_by_pyxis_with_what_it_may_see(cluster: Cluster):
-    variables = {"CONTAINER": "nvcr.io#nvidia/jax:25.10-py3", "CONTAINER_MOUNTS": "/shared:/shared,/my data:/data:ro"}
+    variables = {
+        "CONTAINER": "images.example.com#team/lmjax:1",
+        "CONTAINER_MOUNTS": "/shared:/shared,/my data:/data:ro",
+    }
     assert cluster.run("slurm_gpu.sh", "true", **variables, SLURM_JOB_ID="7").returncode == 0
     image, mounts = f"--container-image={variables['CONTAINER']}", f"--container-mounts={variables['CONTAINER_MOUNTS']}"
     assert cluster.calls == [["srun", "--kill-on-bad-exit=0", "--wait=120", image, mounts, "true"]]
