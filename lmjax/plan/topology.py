@@ -182,6 +182,8 @@ def parse_topology(name: str) -> Topology:
     """Raises InputError, with the nearest names, for one that there is not."""
     found = re.fullmatch(r"(?:([1-9]\d{0,5})x)?([a-z]\w*):([1-9]\d{0,5}(?:x[1-9]\d{0,5})*)", name)
     if found is None or found[2] not in (*MACHINES, "cpu"):
+        if told := _told_by_cloud_name(name):
+            raise InputError(f"topology {name!r}: {told}")
         near = difflib.get_close_matches(name, sorted({*EXAMPLES, *_names()}), n=3, cutoff=0.5)
         raise InputError(
             f"topology {name!r}: not known{', near it are ' if near else ''}{', '.join(near)}. A name is a generation "
@@ -196,6 +198,25 @@ def parse_topology(name: str) -> Topology:
     elif tuple(sorted(sizes)) not in machine.shapes:
         raise InputError(f"topology {name!r}: {generation} does not come in {found[3]}. {_shapes_near(topology)}")
     return topology
+
+
+CORES_COUNTED = ("v4", "v5p")
+"""Generations whose accelerator types in Google Cloud count TensorCores, two a chip; v5e's and v6e's count chips."""
+
+
+def _told_by_cloud_name(name: str) -> str | None:
+    """What to write in place of an accelerator type of Google Cloud, as v5p-64; None for any other name."""
+    found = re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e)-([1-9]\d{0,5})", name)
+    if found is None:
+        return None
+    generation, counted = found[1].replace("litepod", "e"), int(found[2])
+    chips, rest = divmod(counted, 2) if generation in CORES_COUNTED else (counted, 0)
+    shapes = [shape for shape in MACHINES[generation].shapes if math.prod(shape) == chips and not rest]
+    said = f"Google's name counts {'TensorCores, of which a chip has two' if generation in CORES_COUNTED else 'chips'}"
+    if not shapes:
+        return f"{said}; {generation} does not come in so many. {_shapes_near(Topology(name, generation, 1, (chips,)))}"
+    named = [f"{generation}:{sizes_text(shape)}" for shape in sorted(shapes, key=sum)]
+    return f"{said}; here it is {' or '.join(named)}, by the sizes of its mesh of chips."
 
 
 def _names() -> Iterator[str]:
