@@ -4,8 +4,10 @@
 #   launch/local.sh 2 lmjax train configs/quickstart.yaml run_dir=runs/two
 #
 # JAX_NUM_CPU_DEVICES=4 JAX_PLATFORMS=cpu before it gives each process four CPU devices.
-# Every line is prefixed with the number of its process. TERM, INT, HUP and USR1 are passed on to all. When a process
-# fails, the others are ended, and its exit code is returned; 75 (stopped by a signal, state saved) ends nobody.
+# The GPUs of the machine, or those of CUDA_VISIBLE_DEVICES, are dealt out: each process sees as many as the others.
+# Every line is prefixed with the number of its process. TERM and INT are passed on to all, and so are HUP and USR1, as
+# TERM: lmjax saves after it. When a process fails, the others are ended, and its exit code is returned; 75 (stopped by
+# a signal, state saved) ends nobody.
 # DRY_RUN=1 prints the command of each process and starts none.
 # Needs bash 5.1.
 set -u -m # -m: each process leads a group of its own, so that a signal from the terminal reaches it once, from here
@@ -26,37 +28,68 @@ port=$((20000 + RANDOM % 12000))
 while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((20000 + RANDOM % 12000)); done
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$num_processes
 
+gpus=()
+if [[ $num_processes -gt 1 && ${JAX_PLATFORMS-} != cpu ]]; then
+  if [[ -n ${CUDA_VISIBLE_DEVICES-} ]]; then
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+  elif [[ ! -v CUDA_VISIBLE_DEVICES ]] && type -P nvidia-smi >/dev/null; then
+    mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader | grep -x '[0-9]*')
+  fi
+fi
+if ((${#gpus[@]} % num_processes)); then
+  echo "launch/local.sh: ${#gpus[@]} GPUs and $num_processes processes: start a number that divides the GPUs," \
+    "or name fewer in CUDA_VISIBLE_DEVICES" >&2
+  exit 2
+fi
+share=$((${#gpus[@]} / num_processes))
+share_of() { local IFS=,; echo "${gpus[*]:$1*share:share}"; }
+
 if [[ $dry_run == 1 ]]; then
   shared="JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES=$num_processes"
   printf -v command ' %q' "$@"
-  for ((number = 0; number < num_processes; number++)); do echo "$shared JAX_PROCESS_ID=$number$command"; done
+  for ((number = 0; number < num_processes; number++)); do
+    echo "$shared JAX_PROCESS_ID=$number${gpus[*]+ CUDA_VISIBLE_DEVICES=$(share_of "$number")}$command"
+  done
   exit
 fi
 
 prefix() { # outlives every signal, so that the last lines are shown
   trap '' TERM INT HUP USR1
-  exec sed -u "s/^/[$1] /"
+  sed -u "s/^/[$1] /"
+  exec cat >/dev/null # where nobody reads any more, a process that saves must not break its pipe
 }
 
 declare -A running=() # pid -> process number
 groups=() printers=()
-forward() { ((${#running[@]})) && kill -s "$1" "${!running[@]}"; }
-missed=() # signals that came before all were there to hear them
-# shellcheck disable=SC2064 # each trap has the name of its own signal
-for signal in TERM INT HUP USR1; do trap "missed+=($signal)" "$signal"; done
+started='' missed=() hung_up=''
+forward() { # at once, or when all are there to hear it
+  if [[ -z $started ]]; then missed+=("$1"); elif ((${#running[@]})); then kill -s "$1" "${!running[@]}"; fi
+}
+# A terminal that closes sends two, and a second TERM would end lmjax before it has saved.
+# shellcheck disable=SC2329 # a trap invokes it
+hang_up() {
+  [[ -n $hung_up ]] || forward TERM
+  hung_up=1
+}
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+trap hang_up HUP USR1
 
 for ((number = 0; number < num_processes; number++)); do
   exec {out}> >(prefix "$number")
   printers+=($!)
   exec {err}> >(prefix "$number" >&2)
   printers+=($!)
+  if ((share)); then
+    CUDA_VISIBLE_DEVICES=$(share_of "$number")
+    export CUDA_VISIBLE_DEVICES
+  fi
   JAX_PROCESS_ID=$number "$@" >&"$out" 2>&"$err" {out}>&- {err}>&- &
   running[$!]=$number
   groups+=($!)
   exec {out}>&- {err}>&-
 done
-# shellcheck disable=SC2064
-for signal in TERM INT HUP USR1; do trap "forward $signal" "$signal"; done
+started=1
 for signal in ${missed[@]+"${missed[@]}"}; do forward "$signal"; done
 exec {messages}>&2 2>/dev/null # bash itself would report every process that a signal ended
 

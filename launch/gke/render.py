@@ -36,7 +36,7 @@ GPU_NODES = {
 }
 
 CHIPS_PER_HOST = 4
-"""Of every TPU machine type for training. v5e and v6e have one of eight chips too, which is a slice of its own."""
+"""Of every TPU machine type for training. v5e and v6e have those of one and of eight too, each a slice of its own."""
 
 ICI_PORT = 8471
 """Between the TPU runtimes of a slice."""
@@ -130,15 +130,16 @@ def _tpu_pods(topology: Topology, accelerator: str | None, chips_per_host: int |
         raise InputError(f"--accelerator {accelerator!r}: {topology.generation} nodes are {kind}")
     chips = math.prod(shape)
     whole = topology.generation in ("v5e", "v6e") and shape == (2, 4)
-    allowed = (CHIPS_PER_HOST, chips) if whole else (CHIPS_PER_HOST,)
-    per_host = CHIPS_PER_HOST if chips_per_host is None else chips_per_host
+    usual = min(CHIPS_PER_HOST, chips)
+    allowed = (usual, chips) if whole else (usual,)
+    per_host = usual if chips_per_host is None else chips_per_host
     if per_host not in allowed:
         raise InputError(f"--chips-per-host {per_host}: nodes of {topology.name} have {' or '.join(map(str, allowed))}")
     hosts = chips // per_host
     if topology.slices > 1 and hosts == 1:
         raise InputError(
-            f"topology {topology.name!r}: GKE joins slices of two hosts and more, and these have one of {per_host} "
-            f"chips: take larger slices"
+            f"topology {topology.name!r}: GKE joins slices of two hosts and more, and these have one of "
+            f"{_count(per_host, 'chip')}: take larger slices"
         )
     return Pods(
         job="slice",
@@ -203,16 +204,23 @@ def jobset(pods: Pods, command: list[str], *, image: str, name: str, variables: 
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
         pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     saved = {"containerName": container["name"], "operator": "In", "values": [PreemptedError.exit_code]}
+    disrupted = {"type": "DisruptionTarget", "status": "True"}
     job = {
         "parallelism": pods.pods,
         "completions": pods.pods,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": saved}]},
+        # A node that is taken away may not leave the time to save.
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": saved},
+                {"action": "FailJob", "onPodConditions": [disrupted]},
+            ]
+        },
         "template": {"spec": pod},
     }
-    restart_saved = {
-        "name": "saved",
+    restart_preempted = {
+        "name": "preempted",
         "action": "RestartJobSetAndIgnoreMaxRestarts",
         "onJobFailureReasons": ["PodFailurePolicy"],
     }
@@ -222,7 +230,7 @@ def jobset(pods: Pods, command: list[str], *, image: str, name: str, variables: 
         "metadata": metadata,
         "spec": {
             "network": {"enableDNSHostnames": True, "subdomain": name},
-            "failurePolicy": {"maxRestarts": MAX_RESTARTS, "rules": [restart_saved]},
+            "failurePolicy": {"maxRestarts": MAX_RESTARTS, "rules": [restart_preempted]},
             "replicatedJobs": [{"name": pods.job, "replicas": pods.jobs, "template": {"spec": job}}],
         },
     }
@@ -259,8 +267,8 @@ def head(pods: Pods, words: list[str]) -> str:
     text = [
         f"{pods.text}, as a JobSet for GKE (its controller: version 0.6 or newer).",
         "",
-        f"A drained node sends TERM: lmjax saves and ends with {saved}, and all start again, however often;",
-        f"after any other failure, {MAX_RESTARTS} times. Rendered by:",
+        f"A drained node sends TERM: lmjax saves and ends with {saved}. After that, or when a node was taken away",
+        f"before, all start again, however often; after any other failure, {MAX_RESTARTS} times. Rendered by:",
         "",
         *_wrapped(["python launch/gke/render.py", *words]),
     ]

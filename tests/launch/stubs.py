@@ -11,6 +11,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 VARIABLES = {
     *("ACCELERATOR", "RUNTIME", "SPOT", "SLICES", "PROJECT", "SETUP", "LOGS", "TPU_POLL_SECONDS"),
     *("VENV", "CONTAINER", "CONTAINER_MOUNTS", "SLURM_JOB_ID", "DRY_RUN"),
+    *("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"),
 }
 """What the scripts look at: whoever runs the tests may have some of them set."""
 

@@ -5,9 +5,12 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+
+from tests.launch.stubs import Cluster
 
 pytestmark = pytest.mark.fast
 
@@ -67,6 +70,67 @@ def test_a_signal_reaches_every_process():
         assert sorted(running.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
         running.send_signal(signal.SIGTERM)
         assert running.wait() == 75
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_signals_that_would_end_a_run_unsaved_reach_it_as_term(name: str):
+    with subprocess.Popen([LAUNCH, "2", "bash", "-c", WAIT_FOR_TERM], stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert sorted(running.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+        running.send_signal(signal.Signals[name])
+        assert running.wait() == 75
+
+
+def test_a_run_saves_when_its_terminal_closes_and_nobody_reads_what_it_says(tmp_path: Path):
+    """A second hangup, as a terminal sends it, does not end it."""
+    script = f"""
+trap 'trap - TERM; sleep 1; for ((i = 0; i < 20; i++)); do echo saving; done; touch {tmp_path}/$JAX_PROCESS_ID; exit 75' TERM
+echo ready; while :; do sleep 0.05; done"""
+    command = [LAUNCH, "2", "bash", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        assert running.stdout is not None
+        assert sorted(running.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+        running.stdout.close()
+        running.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        running.send_signal(signal.SIGHUP)
+        assert running.wait(timeout=60) == 75
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+GPUS = ("nvidia-smi", "echo 0; echo 1; echo 2; echo 3")
+
+
+@pytest.mark.parametrize(
+    ("variables", "seen"),
+    [
+        ({}, ["0,1", "2,3"]),
+        ({"CUDA_VISIBLE_DEVICES": "4,5"}, ["4", "5"]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["", ""]),
+        ({"JAX_PLATFORMS": "cpu"}, ["none", "none"]),
+    ],
+    ids=str,
+)
+def test_gpus_are_dealt_out(tmp_path: Path, variables: dict[str, str], seen: list[str]):
+    cluster = Cluster(tmp_path)
+    cluster.add(*GPUS)
+    variables = {"JAX_PLATFORMS": ""} | variables
+    script = "echo $JAX_PROCESS_ID=${CUDA_VISIBLE_DEVICES-none}"
+    done = cluster.run("local.sh", "2", "bash", "-c", script, **variables)
+    assert sorted(done.stdout.splitlines()) == [f"[{number}] {number}={gpus}" for number, gpus in enumerate(seen)]
+    dry = cluster.run("local.sh", "2", "true", **variables, DRY_RUN="1")
+    told = [re.findall(r"CUDA_VISIBLE_DEVICES=(\S+)", line) for line in dry.stdout.splitlines()]
+    assert told == [[gpus] if gpus not in ("", "none") else [] for gpus in seen]
+
+
+def test_one_process_has_all_gpus_and_three_are_refused(tmp_path: Path):
+    cluster = Cluster(tmp_path)
+    cluster.add(*GPUS)
+    script = "echo ${CUDA_VISIBLE_DEVICES-all}"
+    assert cluster.run("local.sh", "1", "bash", "-c", script, JAX_PLATFORMS="").stdout == "[0] all\n"
+    refused = cluster.run("local.sh", "3", "bash", "-c", script, JAX_PLATFORMS="")
+    assert refused.returncode == 2
+    assert "4 GPUs and 3 processes: start a number that divides the GPUs" in refused.stderr
 
 
 def test_a_signal_while_processes_start_reaches_every_one(tmp_path):

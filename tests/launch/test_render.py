@@ -94,8 +94,9 @@ def test_it_starts_again_after_a_saved_state_and_retries_no_pod_alone(topology: 
     job = job_of(manifest)
     assert job["backoffLimit"] == 0
     assert job["template"]["spec"]["restartPolicy"] == "Never"
-    (on_exit,) = job["podFailurePolicy"]["rules"]
-    assert on_exit["action"] == "FailJob"
+    on_exit, on_condition = job["podFailurePolicy"]["rules"]
+    assert (on_exit["action"], on_condition["action"]) == ("FailJob", "FailJob")
+    assert on_condition["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert on_exit["onExitCodes"]["values"] == [PreemptedError.exit_code]
     assert on_exit["onExitCodes"]["containerName"] == container_of(manifest)["name"]
     policy = manifest["spec"]["failurePolicy"]
@@ -109,6 +110,7 @@ def test_it_starts_again_after_a_saved_state_and_retries_no_pod_alone(topology: 
     ("topology", "kind", "shape", "slices", "hosts"),
     [
         ("v4:2x2x4", "tpu-v4-podslice", "2x2x4", 1, 4),
+        ("v5e:1x1", "tpu-v5-lite-podslice", "1x1", 1, 1),
         ("v5e:2x2", "tpu-v5-lite-podslice", "2x2", 1, 1),
         ("v5e:2x4", "tpu-v5-lite-podslice", "2x4", 1, 2),
         ("v5e:16x16", "tpu-v5-lite-podslice", "16x16", 1, 64),
@@ -119,7 +121,9 @@ def test_it_starts_again_after_a_saved_state_and_retries_no_pod_alone(topology: 
         ("tpu7x:4x4x4", "tpu7x", "4x4x4", 1, 16),
     ],
 )
-def test_a_slice_is_a_job_of_hosts_with_four_chips(topology: str, kind: str, shape: str, slices: int, hosts: int):
+def test_a_slice_is_a_job_of_hosts_with_four_chips_or_the_only_one(
+    topology: str, kind: str, shape: str, slices: int, hosts: int
+):
     manifest = rendered(topology)
     pod, container = pod_of(manifest), container_of(manifest)
     (replicated,) = manifest["spec"]["replicatedJobs"]

@@ -28,6 +28,21 @@ def test_the_command_is_started_as_it_was_given(cluster: Cluster):
     assert options == ["--kill-on-bad-exit=0", "--wait=120", "bash", "-c", 'echo "$1"', "_", "prompts=[a b]"]
 
 
+def test_the_command_has_the_cpus_that_the_job_has(cluster: Cluster):
+    job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "96", "SLURM_CPUS_ON_NODE": "96", "SLURM_GPUS_ON_NODE": "8"}
+    assert cluster.run("slurm_gpu.sh", "true", **job).returncode == 0
+    assert cluster.calls == [["srun", "--kill-on-bad-exit=0", "--wait=120", "--cpus-per-task=96", "true"]]
+
+
+def test_fewer_cpus_than_gpus_are_refused(cluster: Cluster):
+    ended = cluster.run(
+        "slurm_gpu.sh", "true", SLURM_JOB_ID="7", SLURM_CPUS_ON_NODE="1", SLURM_GPUS_ON_NODE="8", DRY_RUN=""
+    )
+    assert ended.returncode == 2
+    assert "1 CPUs for 8 GPUs: give sbatch --exclusive, or more CPUs by --cpus-per-task" in ended.stderr
+    assert cluster.calls == []
+
+
 def test_a_stop_with_a_saved_state_puts_the_job_back(cluster: Cluster):
     assert cluster.run("slurm_gpu.sh", "bash", "-c", "exit 75", SLURM_JOB_ID="7").returncode == 75
     assert cluster.calls[1:] == [["scontrol", "requeue", "7"]]
