@@ -84,7 +84,7 @@ def test_signals_that_would_end_a_run_unsaved_reach_it_as_term(name: str):
 def test_a_run_saves_when_its_terminal_closes_and_nobody_reads_what_it_says(tmp_path: Path):
     """A second hangup, as a terminal sends it, does not end it."""
     script = f"""
-trap 'trap - TERM; sleep 1; for ((i = 0; i < 20; i++)); do echo saving; done; touch {tmp_path}/$JAX_PROCESS_ID; exit 75' TERM
+trap 'trap - TERM; for i in 1 2 3 4 5; do sleep 0.2; echo saving; done; touch {tmp_path}/$JAX_PROCESS_ID; exit 75' TERM
 echo ready; while :; do sleep 0.05; done"""
     command = [LAUNCH, "2", "bash", "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
