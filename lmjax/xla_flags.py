@@ -49,8 +49,19 @@ tells what becomes of these and of others. How much faster they make a step was 
 def flags_for(hardware: Hardware, asked: Mapping[str, Value | None]) -> dict[str, Value]:
     """Those of the table, with what was asked for in their place; None leaves one out.
 
-    Raises InputError for one that is left out and is not in the table.
+    Raises InputError for one that is left out and is not in the table, and for one without effect on ``hardware``.
     """
+    for name in asked:
+        platform = re.match(r"xla_(cpu|gpu|tpu)_", name)
+        if platform is not None and platform[1] != hardware.platform:
+            raise InputError(
+                f"train.xla_flags: {name} is of the compiler for {platform[1]}, and has no effect on {hardware}. Leave "
+                "it out here."
+            )
+        if name == "xla_force_host_platform_device_count":
+            raise InputError(
+                f"train.xla_flags: {name} has no effect on a compile. Set JAX_NUM_CPU_DEVICES for as many devices."
+            )
     table: dict[str, Value] = {flag.name: flag.value for flag in FLAGS if hardware.is_one_of(flag.hardware)}
     for name in [name for name, value in asked.items() if value is None]:
         if name not in table:

@@ -58,6 +58,19 @@ def test_leaving_out_what_is_not_there_is_refused():
         flags_for(HOPPER, {"xla_none": None})
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("xla_tpu_scoped_vmem_limit_kib", "is of the compiler for tpu, and has no effect on gpu hopper"),
+        ("xla_cpu_enable_fast_math", "is of the compiler for cpu, and has no effect on gpu hopper"),
+        ("xla_force_host_platform_device_count", "has no effect on a compile"),
+    ],
+)
+def test_one_without_effect_is_refused(name: str, said: str):
+    with pytest.raises(InputError, match=f"{name} {said}"):
+        flags_for(HOPPER, {name: 1})
+
+
 def test_one_of_the_table_that_the_compiler_does_not_know_is_told_and_left_out(lowered, monkeypatch):
     monkeypatch.setattr(xla_flags, "FLAGS", (flag("xla_cpu_enable_fast_math"), flag("xla_gone")))
     built = compile_with_flags(lowered, CPU, {})

@@ -112,6 +112,8 @@ def plan(
     if price is not None and made.bound is None:
         raise InputError(f"--price has no effect: how fast {topology} is, is not known. Leave it out.")
     found = to_dict(made)
+    if executable is not None:
+        found["executable"] = _executable(executable, made.topology.hardware.platform)
     if found_by_search is not None:
         ranking = found_by_search.fitting
         found["search"] = {
@@ -145,6 +147,14 @@ def _candidate(candidate: Any) -> dict[str, Any]:
         "step_seconds_predicted": candidate.bound.predicted,
         "step_seconds_bound": candidate.bound.seconds,
     }
+
+
+def _executable(file: str, platform: str) -> dict[str, Any]:
+    from lmjax.train.executable import COMPILERS
+    from lmjax.train.provenance import installed
+
+    # Autotuning times kernels on the device, which is not here.
+    return {"file": file, "versions": installed(COMPILERS[platform]), "autotuned": platform != "gpu"}
 
 
 def _check_outputs(files: dict[str, str | None]) -> None:
@@ -245,6 +255,13 @@ def _compiler_lines(found: dict[str, Any]) -> list[str]:
     if found.get("kernel_memory"):
         sizes = ", ".join(f"{name} {num_bytes / 2**20:.1f}" for name, num_bytes in found["kernel_memory"].items())
         lines.append(f"vector memory of kernels, in MiB: {sizes}")
+    if file := found.get("executable"):
+        versions = ", ".join(f"{name} {version}" for name, version in file["versions"].items())
+        lines.append(f"{file['file']}: for {versions}")
+        if not file["autotuned"]:
+            lines.append(
+                "its kernels are not tuned, which takes the GPU itself: for a long run, let lmjax train compile"
+            )
     return lines
 
 

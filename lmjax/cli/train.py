@@ -32,7 +32,7 @@ def train(
     from lmjax.errors import InputError
     from lmjax.startup import start_distributed
     from lmjax.train.job import check_same_run, make_program
-    from lmjax.train.loop import run
+    from lmjax.train.loop import load_step, run
 
     if as_json and not dry_run:
         raise InputError("--json prints the table of --dry-run as one object; give both, or neither")
@@ -46,6 +46,7 @@ def train(
     if dry_run:
         print_state(make_program(job).blueprint, as_json)
         return
+    step = None if executable is None else load_step(job, executable)  # refused before anything is written, too
     push = None
     with contextlib.ExitStack() as stack:
         with refused_by_all("choose a run_dir that can be written to"):
@@ -53,7 +54,7 @@ def train(
                 make_program(job)  # a mesh, a batch or a dataset that cannot be is refused before anything is written
                 check_same_run(job)
                 push = stack.enter_context(opened_run(loaded)).push
-        run(job, push, executable)
+        run(job, push, step)
         if jax.process_index() == 0:
             from lmjax.train.report import write_report  # Matplotlib is not worth waiting for before the first step
 

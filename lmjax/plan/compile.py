@@ -7,8 +7,10 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -157,8 +159,9 @@ def kept_or_compiled(
 ) -> CompiledStep:
     """As ``compile_lowered``, but what was compiled before on this machine is read from its cache.
 
-    It is kept by the program, the versions of the compilers, the devices and the flags: by nothing that could change
-    behind it. A file ``executable`` is compiled anew, and so are arrays that nobody asked for before.
+    It is kept by what ``lmjax.train.executable.about`` tells of it: by nothing that could change behind it. A file
+    ``executable`` is compiled anew, and so are arrays that nobody asked for before. Where the cache cannot be written,
+    a line on stderr says so.
     """
     what = json.dumps([FORMAT, about(lowered, mesh, asked)], sort_keys=True)
     name = hashlib.sha256(what.encode()).hexdigest()
@@ -167,22 +170,25 @@ def kept_or_compiled(
     if kept is not None and (kept.arrays is not None or not lists_arrays):
         return kept
     step = compile_lowered(lowered, mesh, asked, executable, lists_arrays=lists_arrays)
-    with using_cache():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{time.time_ns()}")
-        temporary.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(step)).encode()))
-        temporary.replace(file)  # whole, or not at all
+    try:
+        with using_cache():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{time.time_ns()}")
+            temporary.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(step)).encode()))
+            temporary.replace(file)  # whole, or not at all
+    except InputError as error:  # what took minutes is told all the same
+        print(f"lmjax: this compile is not kept: {error}", file=sys.stderr)
     return step
 
 
 def _kept(file: Path) -> CompiledStep | None:
-    """What a file of the cache says; None where there is none, or one that a full disk or a crash has cut off."""
+    """What a file of the cache says; None where there is none, or one that is cut off or damaged."""
     try:
         fields = json.loads(gzip.decompress(file.read_bytes()))
         arrays = None if fields["arrays"] is None else tuple(PeakArray(*array) for array in fields["arrays"])
         read = {"unknown_flags": tuple(fields["unknown_flags"]), "arrays": arrays, "is_kept": True}
         return CompiledStep(**fields | read)
-    except (FileNotFoundError, gzip.BadGzipFile, EOFError, ValueError):
+    except (FileNotFoundError, gzip.BadGzipFile, zlib.error, EOFError, ValueError):
         return None
 
 

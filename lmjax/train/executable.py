@@ -1,11 +1,12 @@
 """The compiled step of a run in a file: made where there is time, loaded where devices are paid by the hour.
 
-A file is of one program (its StableHLO), the versions that compiled it and the devices that it is laid out for; for
-anything else it is refused. JAX unpickles what is in it: load files of your own.
+A file is of one program (its StableHLO), the versions and options that compiled it and the devices that it is laid out
+for; for anything else it is refused. JAX unpickles what is in it: load files of your own.
 """
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -21,9 +22,17 @@ from lmjax.paths import as_path, reaching
 from lmjax.train.provenance import installed
 from lmjax.xla_flags import Value, flags_for
 
-FORMAT = 1
-COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")
-"""The packages that make machine code out of a program."""
+FORMAT = 2
+COMPILERS = {
+    "cpu": ("jax", "jaxlib"),
+    "gpu": ("jax", "jaxlib", "jax-cuda13-pjrt", "jax-cuda13-plugin"),
+    "tpu": ("jax", "jaxlib", "libtpu"),
+}
+"""The packages that make machine code for a platform."""
+ENVIRONMENT = {"cpu": ("XLA_FLAGS",), "gpu": ("XLA_FLAGS",), "tpu": ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+"""Variables from which its compiler takes options of the whole process."""
+HARMLESS = ("--xla_dump_", "--xla_force_host_platform_device_count")
+"""What such options begin with that change no machine code."""
 
 
 def program_hash(lowered: jax.stages.Lowered) -> str:
@@ -32,15 +41,21 @@ def program_hash(lowered: jax.stages.Lowered) -> str:
 
 
 def about(lowered: jax.stages.Lowered, mesh: Mesh, asked: Mapping[str, Value | None]) -> dict[str, Any]:
-    """What a compiled step is of: program, versions, devices in the order of the mesh, and flags with those asked for.
+    """What a compiled step is of: program, versions, the process's own options of the compiler, devices in the order of
+    the mesh, and flags with those asked for.
 
     Raises InputError as ``flags_for``.
     """
     device = mesh.devices.flat[0]
+    platform = hardware(device).platform
     return {
         "format": FORMAT,
         "program": program_hash(lowered),
-        "versions": installed(COMPILERS),
+        "versions": installed(COMPILERS[platform]),
+        "environment": {
+            name: [word for word in os.environ.get(name, "").split() if not word.startswith(HARMLESS)]
+            for name in ENVIRONMENT[platform]
+        },
         "device": device.device_kind,
         "devices": [each.id for each in mesh.devices.flat],
         "flags": flags_for(hardware(device), asked),

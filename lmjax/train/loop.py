@@ -33,15 +33,15 @@ from lmjax.train.tracking import check_trackers, remove_event_files
 from lmjax.xla_flags import compile_with_flags
 
 
-def run(job: Job, push: Callable[[], None] | None = None, executable: str | None = None) -> None:
+def run(job: Job, push: Callable[[], None] | None = None, step: Any = None) -> None:
     """Train from the newest checkpoint in the run's directory, or from the beginning, to the last step.
 
     Every process of the run calls it. Raises PreemptedError after a signal and a durable save, DivergedError for a loss
     that is not finite, InputError for configs, datasets and checkpoints that do not go together.
 
     Process 0 of a run in an object store calls ``push``, which copies the run's files there (``lmjax.paths.Mirror``),
-    after an evaluation and before a checkpoint is begun: no checkpoint is ahead of the rows before it. ``executable``
-    is a file with the compiled step (``lmjax.train.executable``).
+    after an evaluation and before a checkpoint is begun: no checkpoint is ahead of the rows before it. ``step`` is what
+    ``load_step`` gave; without it the step is compiled.
     """
     with contextlib.ExitStack() as cleanup:  # each end is reached, whatever another one raises
         stop = cleanup.enter_context(StopSignal())  # a signal while this is set up stops the run after its first step
@@ -100,7 +100,10 @@ def run(job: Job, push: Callable[[], None] | None = None, executable: str | None
         if state is None and job.train.init_from is not None:
             state = state_from(blueprint, initial_params(job.train.init_from, blueprint))
         state = init_state(blueprint, job.train.seed) if state is None else state
-        step = compile_step(job, program, recorder, executable)
+        if step is None:
+            step = compile_step(job, program, recorder)
+        else:
+            recorder.message("the step was loaded, and is not compiled")
         feed = Feed(batch_maker(job, dataset, mesh), start, steps)
         cleanup.callback(feed.close)
         profiler = Profiler(run_dir / "profile", job.logging.profile_steps if primary else None)
@@ -209,15 +212,20 @@ def batch_maker(job: Job, dataset: Dataset, mesh: Mesh) -> Callable[[int], Devic
     return make
 
 
-def compile_step(job: Job, program: Program, recorder: Recorder, executable: str | None = None) -> Any:
-    """The compiled step, or that of a file; what it took is told, and with which flags of the compiler."""
+def load_step(job: Job, executable: str) -> Any:
+    """The compiled step of a file (``lmjax.train.executable``), for ``run``; every process calls it.
+
+    Raises InputError on all of them where one cannot read the file, or it is of anything else.
+    """
+    with refused_by_all("name a file that every process can read"):
+        program = make_program(job)
+        return load_executable(executable, lower_program(job, program), program.mesh, job.train.xla_flags)
+
+
+def compile_step(job: Job, program: Program, recorder: Recorder) -> Any:
+    """The compiled step; what it took is told, and with which flags of the compiler."""
     began, asked = time.perf_counter(), job.train.xla_flags
-    lowered = lower_program(job, program)
-    if executable is not None:
-        compiled = load_executable(executable, lowered, program.mesh, asked)
-        recorder.message(f"the step of {executable} loaded in {time.perf_counter() - began:.1f} s")
-        return compiled
-    built = compile_with_flags(lowered, program.execution.hardware, asked)
+    built = compile_with_flags(lower_program(job, program), program.execution.hardware, asked)
     recorder.message(f"the step compiled in {time.perf_counter() - began:.1f} s")
     if built.flags:
         recorder.message(f"compiler flags: {' '.join(f'{name}={value}' for name, value in built.flags.items())}")

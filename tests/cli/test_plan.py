@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmjax.cli.plan import _compiler_lines, plan
+from lmjax.cli.plan import _compiler_lines, _executable, plan
 from lmjax.config import load
 from lmjax.errors import InputError
 from lmjax.plan.plan import MARGIN
@@ -239,6 +239,13 @@ def test_of_a_chip_with_two_devices_the_price_is_said_to_be_of_one(config: str, 
 def test_what_cannot_be_planned_is_refused(config: str, overrides: list[str], options: dict, message: str):
     with pytest.raises(InputError, match=message):
         plan(config, overrides, **options)
+
+
+def test_an_executable_for_gpus_is_told_to_be_without_tuned_kernels():
+    told = {platform: _compiler_lines({"executable": _executable("step", platform)}) for platform in ("gpu", "tpu")}
+    assert [len(lines) for lines in told.values()] == [2, 1]
+    assert "kernels are not tuned" in told["gpu"][1]
+    assert "libtpu" in told["tpu"][0]
 
 
 def test_no_file_is_overwritten(config: str, tmp_path: Path):

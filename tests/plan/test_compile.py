@@ -146,6 +146,34 @@ def test_what_was_compiled_before_is_not_compiled_again(lowered, tmp_path: Path)
         file.write_bytes(file.read_bytes()[:1000])  # cut off
     assert not kept_or_compiled(step, mesh, {}).is_kept
     assert kept_or_compiled(step, mesh, {}).is_kept
+    for file in (tmp_path / "plans").iterdir():
+        content = bytearray(file.read_bytes())
+        content[100] ^= 255
+        file.write_bytes(content)
+    assert not kept_or_compiled(step, mesh, {}).is_kept
+
+
+def test_where_the_cache_cannot_be_written_the_compile_is_told_all_the_same(
+    lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    step, mesh = lowered
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LMJAX_CACHE", str(tmp_path / "file"))
+    executable = tmp_path / "step"
+    assert kept_or_compiled(step, mesh, {}, str(executable)).total_bytes > 0
+    assert executable.stat().st_size > 0
+    told = capsys.readouterr().err
+    assert told.startswith("lmjax: this compile is not kept: ")
+    assert "set LMJAX_CACHE" in told
+
+
+def test_options_of_the_process_tell_one_compile_from_another(lowered, monkeypatch: pytest.MonkeyPatch):
+    step, mesh = lowered
+    kept_or_compiled(step, mesh, {})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    assert kept_or_compiled(step, mesh, {}).is_kept
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    assert not kept_or_compiled(step, mesh, {}).is_kept
 
 
 def test_arrays_at_the_peak_are_listed_where_they_are_asked_for(lowered):

@@ -273,15 +273,17 @@ def test_a_step_compiled_by_the_planner_is_loaded_and_gives_the_same_run(
 ):
     file, config = str(tmp_path / "step"), experiment("loaded")
     assert lmjax("plan", config, "--topology", "cpu:8", "--compile", "--executable", file) == 0
+    assert f"{file}: for jax {jax.__version__}, jaxlib " in capsys.readouterr().out.replace("\n", " ")
     assert lmjax("train", config, "--executable", file) == 0
     assert train_rows(tmp_path / "loaded") == train_rows(whole)
     log = (tmp_path / "loaded" / "log.txt").read_text()
-    assert f"the step of {file} loaded in" in log
+    assert "the step was loaded, and is not compiled" in log
     assert "the step compiled" not in log
     # Another seed is another program only where something is drawn from it; a longer schedule is another one.
     other = experiment("other", train={"steps": 7})
     assert lmjax("train", other, "--executable", file) == 2
     assert "compiled for something else (program" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()  # so that the corrected command is one of a new run
 
 
 def test_an_executable_and_a_dry_run_do_not_go_together(experiment: Experiment, capsys: pytest.CaptureFixture[str]):

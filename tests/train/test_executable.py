@@ -1,5 +1,6 @@
 """The compiled step in a file: the same numbers, and refused for anything but what it was made of."""
 
+import importlib.metadata
 import json
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from lmjax.mesh import MeshConfig, make_mesh
 from lmjax.models.decoder import DecoderConfig, Execution
 from lmjax.ops.cross_entropy import LossOptions
 from lmjax.optim import OptimizerConfig
-from lmjax.train.executable import about, load_executable, save_executable
+from lmjax.train.executable import COMPILERS, about, load_executable, save_executable
 from lmjax.train.feed import abstract_batch
 from lmjax.train.state import init_state, make_blueprint
 from lmjax.train.step import lower_step
@@ -77,6 +78,28 @@ def test_one_of_another_compiler_is_refused(saved: str):
         archive.writestr("executable", payload)
     step, blueprint, _ = lowered()
     with pytest.raises(InputError, match=r"versions .*'jaxlib': '0\.0\.1'"):
+        load_executable(saved, step, blueprint.mesh, {})
+
+
+def test_only_what_compiles_for_the_platform_counts(saved: str, monkeypatch: pytest.MonkeyPatch):
+    """A machine that plans may have compilers for other devices beside it."""
+    step, blueprint, _ = lowered()
+    version = importlib.metadata.version
+    other = {"libtpu": "1", "jax-cuda13-plugin": "2", "jax-cuda13-pjrt": "3"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: other.get(name) or version(name))
+    load_executable(saved, step, blueprint.mesh, {})
+    assert "libtpu" in COMPILERS["tpu"]
+    assert "jax-cuda13-plugin" in COMPILERS["gpu"]
+
+
+def test_one_that_was_compiled_with_other_options_of_the_process_is_refused(
+    saved: str, monkeypatch: pytest.MonkeyPatch
+):
+    step, blueprint, _ = lowered()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=8")
+    load_executable(saved, step, blueprint.mesh, {})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    with pytest.raises(InputError, match=r"environment \{'XLA_FLAGS': \[\]\}, here .*fast_math"):
         load_executable(saved, step, blueprint.mesh, {})
 
 
